@@ -1,0 +1,7 @@
+"""The core: attention over visible keys, and its merge. NumPy, torch and JAX arrays alike; imports neither framework."""
+
+from .attend import attend as attend
+from .attend import implementations as implementations
+from .mask import PADDING_SEGMENT_ID as PADDING_SEGMENT_ID
+from .mask import Mask as Mask
+from .merge import merge as merge

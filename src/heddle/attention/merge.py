@@ -1,0 +1,56 @@
+"""Attention over a union of disjoint sets of keys, from attention over each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+
+from .arrays import Array, namespace
+
+
+def merge(
+    parts: Sequence[tuple[Float[Array, "batch q_len heads dim"], Float[Array, "batch q_len heads"]]],
+) -> tuple[Float[Array, "batch q_len heads dim"], Float[Array, "batch q_len heads"]]:
+    """Attention over the union of the parts' keys: softmax denominators add, outputs are averaged by them.
+
+    A key that stands in two parts counts twice (a multiset union, as LongNet's eq. 10-11 has it). Computed in the lse's
+    dtype, stable for any magnitude; rows empty in every part stay 0 and -inf, with gradient 0.
+
+    Args:
+        parts: what :func:`attend` returned with ``return_lse=True`` for each set of keys.
+
+    Returns:
+        ``(out, lse)``: out in the first part's dtype, lse as the parts'.
+
+    Raises:
+        ValueError: no parts, or parts of different shapes.
+    """
+    if not parts:
+        raise ValueError("parts must hold at least one (out, lse), got none")
+    for index, (out, lse) in enumerate(parts):
+        if out.shape != parts[0][0].shape or lse.shape != out.shape[:-1]:
+            raise ValueError(
+                f"parts[{index}] must hold out of shape {tuple(parts[0][0].shape)} and lse of its first three axes, got "
+                f"{tuple(out.shape)} and {tuple(lse.shape)}"
+            )
+    if len(parts) == 1:
+        return parts[0]
+    xp = namespace(parts[0][1])
+    highest = parts[0][1]
+    for _, lse in parts[1:]:
+        highest = xp.maximum(highest, lse)
+    highest = xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest))
+    weights = [xp.exp(lse - highest) for _, lse in parts]
+    total = sum(weights[1:], start=weights[0])
+    empty = total == 0
+    total = xp.where(empty, xp.ones_like(total), total)  # where twice: no NaN gradient from log(0)
+    out = sum(
+        (
+            xp.astype(out, total.dtype) * (weight / total)[..., None]
+            for (out, _), weight in zip(parts, weights, strict=True)
+        ),
+        start=xp.zeros_like(total)[..., None],
+    )
+    lse = xp.where(empty, xp.full_like(total, -float("inf")), xp.log(total) + highest)
+    return xp.astype(out, parts[0][0].dtype), lse

@@ -1,0 +1,3 @@
+"""The JAX wing."""
+
+from . import attention as attention

@@ -1,0 +1,3 @@
+"""The PyTorch wing."""
+
+from . import attention as attention
