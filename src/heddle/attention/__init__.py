@@ -1,4 +1,4 @@
-"""The core: attention over visible keys, and its merge. NumPy, torch and JAX arrays alike; imports neither framework."""
+"""The core: attention over visible keys, and its merge, for NumPy, torch and JAX arrays; imports no framework."""
 
 from .attend import attend as attend
 from .attend import implementations as implementations

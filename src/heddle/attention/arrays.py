@@ -64,7 +64,10 @@ def is_concrete(array: Array) -> bool:
 
 
 def arange(n: int, like: Array | None = None) -> Array:
-    """``int32`` 0..n-1 of ``like``'s framework and device; NumPy without ``like`` (torch's while torch.compile traces)."""
+    """``int32`` 0..n-1 of ``like``'s framework and device.
+
+    Without ``like`` NumPy's, but torch's while torch.compile traces, which can't follow NumPy's dtypes.
+    """
     torch = sys.modules.get("torch")
     if like is None:
         if torch is not None and torch.compiler.is_compiling():

@@ -17,7 +17,8 @@ class Implementation(NamedTuple):
     """One way to compute attention.
 
     ``unsupported(query, key, value, mask)`` returns None if it serves the case, else one clause saying why not;
-    ``run(query, key, value, mask, scale)`` returns ``(out, lse)``. Arguments are checked, the mask is in their framework.
+    ``run(query, key, value, mask, scale)`` returns ``(out, lse)``. Arguments are checked, the mask is in their
+    framework.
     """
 
     unsupported: Callable[[Array, Array, Array, Mask], str | None]
@@ -74,8 +75,8 @@ def attend(
         return_lse: also return the log of each query's softmax denominator, as :func:`merge` needs it.
 
     Returns:
-        ``(batch, q_len, heads, value_dim)`` in query's dtype; with ``return_lse`` also ``(batch, q_len, heads)``, float32
-        (float64 for float64), natural log. Queries that see nothing give 0 and -inf.
+        ``(batch, q_len, heads, value_dim)`` in query's dtype; with ``return_lse`` also ``(batch, q_len, heads)``,
+        natural log, float32 (float64 for float64). Queries that see nothing give 0 and -inf.
 
     Raises:
         ValueError: arguments that disagree.
@@ -84,7 +85,7 @@ def attend(
     mask = _check(query, key, value, mask)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     table = _table(query)
     if implementation is None:

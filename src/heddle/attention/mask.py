@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -15,7 +14,6 @@ from .arrays import (
     arange,
     asarray_like,
     clip,
-    count_at_most,
     framework,
     is_concrete,
     namespace,
@@ -24,35 +22,9 @@ from .arrays import (
     running_sum,
     to_numpy,
 )
+from .tiles import Tiles, tiles
 
 PADDING_SEGMENT_ID = -1  #: the segment id of tokens that are padding
-
-
-class Intervals(NamedTuple):
-    """For each row of tiles, the interval of tiles to visit and, inside it, the one that needs no elementwise test.
-
-    Four ``int32`` arrays of shape ``(mask rows, tiles)`` with ``lo <= full_lo <= full_hi <= hi``: visit
-    ``[lo, full_lo)`` with the test, ``[full_lo, full_hi)`` without, ``[full_hi, hi)`` with it.
-    """
-
-    lo: Array
-    full_lo: Array
-    full_hi: Array
-    hi: Array
-
-
-class Tiles(NamedTuple):
-    """What a blockwise kernel visits; see :meth:`Mask.tiles`.
-
-    ``rows`` holds, for each tile of queries, the key tiles to visit; ``columns``, for each tile of keys, the query
-    tiles. Every tile of queries also visits the key tiles ``[0, prefix)``, always with the elementwise test.
-    """
-
-    block_q: int
-    block_k: int
-    prefix: int
-    rows: Intervals
-    columns: Intervals
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +124,6 @@ class Mask:
         _check_count("prefix", prefix, minimum=0)
         _check_count("q_len", q_len)
         position = _positions(q_len, offset, like)
-        xp = namespace(position)
         start = clip(position - size + 1, 0, None)
         stop = clip(position + (1 if causal else size), 0, kv_len)
         return cls(start, stop, prefix)
@@ -174,44 +145,20 @@ class Mask:
         one document, so they may restart at each document or not; by default they are the indices.
 
         Raises:
-            ValueError: shapes that disagree; a segment whose keys aren't contiguous, which an interval can't say (checked
-                whenever values can be read, so not under jit).
+            ValueError: shapes that disagree; a segment whose keys aren't contiguous, which an interval can't say
+                (checked whenever values can be read, so not under jit).
         """
-        if kv_segments is None:
-            if kv_positions is not None:
-                raise ValueError("kv_positions must come with kv_segments, which was None")
-            kv_segments, kv_positions = q_segments, q_positions
-        if (q_positions is None) != (kv_positions is None):
-            raise ValueError("q_positions and kv_positions must be given both or neither")
-        for name, ids, positions in (("q", q_segments, q_positions), ("kv", kv_segments, kv_positions)):
-            if ids.ndim != 2:
-                raise ValueError(f"{name}_segments must have shape (batch, {name}_len), got {tuple(ids.shape)}")
-            if positions is not None and positions.shape != ids.shape:
-                raise ValueError(
-                    f"{name}_positions must have {name}_segments' shape {tuple(ids.shape)}, got {tuple(positions.shape)}"
-                )
-        if q_segments.shape[0] != kv_segments.shape[0]:
-            raise ValueError(
-                f"q_segments and kv_segments must have one batch size, got {q_segments.shape[0]} and {kv_segments.shape[0]}"
-            )
-        if causal and q_positions is None:
-            if q_segments.shape != kv_segments.shape:
-                raise ValueError(
-                    f"q_positions and kv_positions must be given for a causal mask of {q_segments.shape[1]} queries and "
-                    f"{kv_segments.shape[1]} keys: which position a query has can't be told from its index"
-                )
-            index = arange(q_segments.shape[1], q_segments)[None, :] + 0 * q_segments
-            q_positions = kv_positions = index
-        if is_concrete(kv_segments) and is_concrete(q_segments):
-            _check_contiguous(kv_segments, kv_positions if causal else None, padding)
+        queries, keys, q_places, k_places = _check_documents(q_segments, kv_segments, q_positions, kv_positions, causal)
+        if is_concrete(keys) and is_concrete(queries):
+            _check_segments(queries, keys, k_places if causal else None, padding)
 
-        xp, kv_len = namespace(kv_segments), kv_segments.shape[1]
+        xp, kv_len = namespace(keys), keys.shape[1]
         # Sort keys and queries together by (segment, position), at equal places keys before queries. Then the keys a
         # query sees are those before it in its run of equal segments.
-        ids = xp.concat([kv_segments, q_segments], axis=1)
+        ids = xp.concat([keys, queries], axis=1)
         order = None
         if causal:
-            order = xp.argsort(xp.concat([kv_positions, q_positions], axis=1), axis=1, stable=True)
+            order = xp.argsort(xp.concat([k_places, q_places], axis=1), axis=1, stable=True)
             ids = pick(ids, order)
         by_id = xp.argsort(ids, axis=1, stable=True)
         ids = pick(ids, by_id)
@@ -229,7 +176,7 @@ class Mask:
         count = pick(seen, q_place) - first
         sorted_keys = pick(order, xp.argsort(1 - is_key, axis=1, stable=True)[:, :kv_len])
         start = pick(sorted_keys, clip(first, 0, kv_len - 1))
-        count = xp.where(q_segments == padding, 0 * count, count)
+        count = xp.where(queries == padding, 0 * count, count)
         start = xp.astype(xp.where(count > 0, start, 0 * start), xp.int32)
         return cls(start, start + xp.astype(count, xp.int32))
 
@@ -244,9 +191,9 @@ class Mask:
     ) -> Mask:
         """Padded or cached sequences: sequence ``b`` has ``kv_lengths[b]`` keys, at the front.
 
-        Its queries stand at positions ``offset[b] + i``; by default they are the last ``q_len`` of the sequence (decoding
-        from a cache), or all of it if it is no longer than ``q_len`` (right-padded rows). Queries past the sequence's end
-        are padding.
+        Its queries stand at positions ``offset[b] + i``; by default they are the last ``q_len`` of the sequence
+        (decoding from a cache), or all of it if it is no longer than ``q_len`` (right-padded rows). Queries past the
+        sequence's end are padding.
         """
         if kv_lengths.ndim != 1:
             raise ValueError(f"kv_lengths must have shape (batch,), got {tuple(kv_lengths.shape)}")
@@ -268,8 +215,8 @@ class Mask:
         """The pairs visible in both masks. Rows of one broadcast against a batch.
 
         Raises:
-            ValueError: different numbers of queries; different prefixes, unless the mask of the smaller prefix has no gap
-                after it (a gap would leave more than one interval).
+            ValueError: different numbers of queries; different prefixes, unless the mask of the smaller prefix has
+                no gap after it (a gap would leave more than one interval).
         """
         if self.q_len != other.q_len:
             raise ValueError(f"masks to intersect must have one q_len, got {self.q_len} and {other.q_len}")
@@ -304,7 +251,6 @@ class Mask:
 
     def counts(self, kv_len: int | None = None) -> Int[Array, "rows q_len"]:
         """How many keys each query sees."""
-        xp = namespace(self.start)
         stop = clip(self.stop, 0, kv_len)
         return clip(stop, None, self.prefix) + clip(stop - clip(self.start, self.prefix, None), 0, None)
 
@@ -320,58 +266,7 @@ class Mask:
         """
         for name, value in (("block_q", block_q), ("block_k", block_k), ("kv_len", kv_len)):
             _check_count(name, value)
-        xp = namespace(self.start)
-        n_q, n_k = -(-self.q_len // block_q), -(-kv_len // block_k)
-        prefix = -(-min(self.prefix, kv_len) // block_k)
-        start = clip(self.start, prefix * block_k, None)
-        stop = clip(self.stop, 0, kv_len)
-        empty = start >= stop
-
-        def reduce(array: Array, fill: int, function) -> Array:
-            padding = xp.zeros_like(array[:, :1]) + fill
-            short = n_q * block_q - self.q_len
-            padded = xp.concat([array] + [padding] * short, axis=1) if short else array
-            return function(xp.reshape(padded, (array.shape[0], n_q, block_q)), axis=-1)
-
-        far = n_k * block_k
-        lo = reduce(xp.where(empty, 0 * start + far, start), far, xp.min) // block_k
-        hi = -(-reduce(xp.where(empty, 0 * stop, stop), 0, xp.max) // block_k)
-        none = lo >= hi
-        lo, hi = xp.where(none, 0 * lo + prefix, lo), xp.where(none, 0 * hi + prefix, hi)
-        full_lo = -(-reduce(xp.where(empty, 0 * start + far, start), 0, xp.max) // block_k)
-        full_hi = reduce(xp.where(empty, 0 * stop, stop), far, xp.min) // block_k
-        no_full = full_lo >= full_hi
-        rows = Intervals(lo, xp.where(no_full, hi, full_lo), xp.where(no_full, hi, full_hi), hi)
-
-        def first_above(upper: Array) -> Array:  # the first row whose bound, or an earlier one's, is above c
-            return count_at_most(running_max(upper), column)
-
-        def past_last_below(lower: Array) -> Array:  # one past the last row whose bound is at most c
-            return count_at_most(xp.flip(-running_max(xp.flip(-lower, axis=1)), axis=1), column)
-
-        column = arange(n_k, self.start)[None, :] + 0 * lo[:, :1]
-        first = first_above(xp.where(none, 0 * hi, hi))
-        past = past_last_below(xp.where(none, 0 * lo + n_k, lo))
-        first = xp.minimum(first, past)
-        upper = xp.where(no_full, 0 * full_hi, full_hi)
-        lower = xp.where(no_full, 0 * full_lo + n_k, full_lo)
-        full_first, full_past = first_above(upper), past_last_below(lower)
-        # Between the two every row of tiles must be full at c: count those that are.
-        closed = xp.where(no_full, 0 * full_hi + n_k, full_hi)
-        full = count_at_most(xp.sort(lower, axis=1), column) - count_at_most(xp.sort(closed, axis=1), column)
-        in_prefix = column < prefix
-        no_full = (full_past - full_first != full) | (full == 0) | in_prefix
-        first = xp.where(in_prefix, 0 * first, first)
-        past = xp.where(in_prefix, 0 * past + n_q, past)
-        columns = Intervals(first, xp.where(no_full, past, full_first), xp.where(no_full, past, full_past), past)
-        int32 = xp.int32
-        return Tiles(
-            block_q,
-            block_k,
-            prefix,
-            Intervals(*(xp.astype(a, int32) for a in rows)),
-            Intervals(*(xp.astype(a, int32) for a in columns)),
-        )
+        return tiles(self.start, self.stop, self.prefix, block_q, block_k, kv_len)
 
     def coverage(self, block_q: int, block_k: int, kv_len: int) -> Float[np.ndarray, "rows q_tiles k_tiles"]:
         """The share of visible pairs in each tile (0 empty, 1 full), for pictures. O(q_len * kv_len / block_k)."""
@@ -411,15 +306,50 @@ def _check_count(name: str, value: int, minimum: int = 1) -> None:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def _positions(q_len: int, offset: int | Array, like: Array | None) -> Array:
+def _positions(q_len: int, offset: Array, like: Array | None) -> Array:
     """The queries' positions ``offset + i``, shape ``(batch | 1, q_len)``."""
     if getattr(offset, "ndim", 0):
         return arange(q_len, offset if like is None else like)[None, :] + offset[:, None]
     return arange(q_len, like)[None, :] + offset
 
 
-def _check_contiguous(kv_segments: Array, kv_positions: Array | None, padding: int) -> None:
-    ids = to_numpy(kv_segments)
+def _check_documents(
+    q_segments: Array, kv_segments: Array, q_positions: Array, kv_positions: Array, causal: bool
+) -> tuple[Array, Array, Array, Array]:
+    """The four arrays of :meth:`Mask.documents` with their defaults filled in, shapes checked."""
+    if kv_segments is None:
+        if kv_positions is not None:
+            raise ValueError("kv_positions must come with kv_segments, which was None")
+        kv_segments, kv_positions = q_segments, q_positions
+    if (q_positions is None) != (kv_positions is None):
+        raise ValueError("q_positions and kv_positions must be given both or neither")
+    for name, ids, positions in (("q", q_segments, q_positions), ("kv", kv_segments, kv_positions)):
+        if ids.ndim != 2:
+            raise ValueError(f"{name}_segments must have shape (batch, {name}_len), got {tuple(ids.shape)}")
+        if positions is not None and positions.shape != ids.shape:
+            raise ValueError(
+                f"{name}_positions must have {name}_segments' shape {tuple(ids.shape)}, got {tuple(positions.shape)}"
+            )
+    if q_segments.shape[0] != kv_segments.shape[0]:
+        raise ValueError(
+            f"q_segments and kv_segments must have one batch size, got {q_segments.shape[0]} and {kv_segments.shape[0]}"
+        )
+    if causal and q_positions is None:
+        if q_segments.shape != kv_segments.shape:
+            raise ValueError(
+                "q_positions and kv_positions must be given for a causal mask of "
+                f"{q_segments.shape[1]} queries and {kv_segments.shape[1]} keys: an index tells no position there"
+            )
+        index = arange(q_segments.shape[1], q_segments)[None, :] + 0 * q_segments
+        q_positions = kv_positions = index
+    return q_segments, kv_segments, q_positions, kv_positions
+
+
+def _check_segments(q_segments: Array, kv_segments: Array, kv_positions: Array | None, padding: int) -> None:
+    for name, ids in (("q_segments", to_numpy(q_segments)), ("kv_segments", to_numpy(kv_segments))):
+        bad = ids[(ids < 0) & (ids != padding)]
+        if bad.size:
+            raise ValueError(f"{name} must be non-negative, or {padding} for padding, got {bad[0]}")
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape) if kv_positions is None else to_numpy(kv_positions)
     order = np.lexsort((positions, ids), axis=-1)
     ids = np.take_along_axis(ids, order, axis=1)
@@ -427,8 +357,9 @@ def _check_contiguous(kv_segments: Array, kv_positions: Array | None, padding: i
     if broken.any():
         row, place = np.argwhere(broken)[0]
         raise ValueError(
-            f"kv_segments must hold each document's keys contiguously and in order of position: in row {row}, segment id "
-            f"{ids[row, place]} goes from key {order[row, place]} to key {order[row, place + 1]}"
+            "kv_segments must hold each document's keys contiguously and in order of position: "
+            f"in row {row}, segment id {ids[row, place]} goes from key {order[row, place]} "
+            f"to key {order[row, place + 1]}"
         )
 
 

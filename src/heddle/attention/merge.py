@@ -31,8 +31,8 @@ def merge(
     for index, (out, lse) in enumerate(parts):
         if out.shape != parts[0][0].shape or lse.shape != out.shape[:-1]:
             raise ValueError(
-                f"parts[{index}] must hold out of shape {tuple(parts[0][0].shape)} and lse of its first three axes, got "
-                f"{tuple(out.shape)} and {tuple(lse.shape)}"
+                f"parts[{index}] must hold out of shape {tuple(parts[0][0].shape)} and lse of its first three axes, "
+                f"got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
     if len(parts) == 1:
         return parts[0]
@@ -45,12 +45,8 @@ def merge(
     total = sum(weights[1:], start=weights[0])
     empty = total == 0
     total = xp.where(empty, xp.ones_like(total), total)  # where twice: no NaN gradient from log(0)
-    out = sum(
-        (
-            xp.astype(out, total.dtype) * (weight / total)[..., None]
-            for (out, _), weight in zip(parts, weights, strict=True)
-        ),
-        start=xp.zeros_like(total)[..., None],
-    )
+    out = xp.astype(parts[0][0], total.dtype) * (weights[0] / total)[..., None]
+    for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
+        out = out + xp.astype(part, total.dtype) * (weight / total)[..., None]
     lse = xp.where(empty, xp.full_like(total, -float("inf")), xp.log(total) + highest)
     return xp.astype(out, parts[0][0].dtype), lse
