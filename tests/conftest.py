@@ -5,6 +5,20 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-from jaxtyping import install_import_hook
+import jaxtyping
+import pytest
+from hypothesis import settings
 
-install_import_hook("heddle", "beartype.beartype")
+jaxtyping.install_import_hook("heddle", "beartype.beartype")
+
+
+@pytest.fixture
+def unhooked():
+    """Without the enforcement, as a user runs: for the errors that our own checks at the door raise."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+settings.register_profile("heddle", deadline=None, max_examples=50)  # shared machines are slow at times
+settings.load_profile("heddle")

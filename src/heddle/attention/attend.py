@@ -31,12 +31,12 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {"numpy": {"reference": 
 
 
 def _table(array: Array) -> dict[str, Implementation]:
+    # The one place where the core looks up: arrays may come before their wing is imported.
     name = framework(array)
-    if name not in IMPLEMENTATIONS:  # the arrays came before their wing: the one place where the core looks up
-        if name == "torch":
-            pass
-        else:
-            pass
+    if name == "torch":
+        import heddle.torch.attention
+    elif name == "jax":
+        import heddle.jax.attention
     return IMPLEMENTATIONS[name]
 
 
