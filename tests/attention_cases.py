@@ -120,7 +120,7 @@ CASES = [
         batch=3,
         heads=4,
         kv_heads=2,
-    ),  # fmt: skip
+    ),
     Case("documents and window", 80, 80, lambda: Mask.documents(segments(50, 30)) & Mask.window(80, 11)),
     Case("all padding", 20, 20, lambda: Mask.documents(segments(padding=20))),
     Case("permuted queries", 32, 64, _permuted),

@@ -1,14 +1,14 @@
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jax
+import torch
 from heddle import PADDING_SEGMENT_ID, Mask
 
 FRAMEWORKS = {"numpy": np.asarray, "torch": torch.as_tensor, "jax": jnp.asarray}
@@ -151,6 +151,8 @@ def test_documents_batch_rows_are_independent():
 @given(segments=packings(), causal=st.booleans())
 @settings(max_examples=15)
 def test_documents_and_tiles_are_the_same_in_every_framework(framework, segments, causal):
+    padding = np.full((1, 50 - segments.shape[1]), PADDING_SEGMENT_ID, np.int32)  # one shape: JAX compiles once
+    segments = np.concatenate([segments, padding], axis=1)
     expected = Mask.documents(segments, causal=causal)
     mask = Mask.documents(FRAMEWORKS[framework](segments), causal=causal)
     assert type(mask.start) is type(FRAMEWORKS[framework](segments))
@@ -334,7 +336,9 @@ def f(segments, q):
     mask = heddle.Mask.documents(segments) & heddle.Mask.window(6, 3)
     tiles = mask.tiles(2, 2, 6)
     out, lse = heddle.attend(q, q, q, mask, implementation="reference", return_lse=True)
-    return out, lse, tiles.rows.lo, tiles.columns.full_hi, heddle.merge([(out, lse), (out, lse)])[1]
+    other = heddle.attend(q, q, q, outside, implementation="reference")
+    return out, lse, other, tiles.rows.lo, tiles.columns.full_hi, heddle.merge([(out, lse), (out, lse)])[1]
+outside = heddle.Mask.causal(6)
 segments, q = torch.tensor([[7, 7, 7, 2, 2, -1]]), torch.randn(1, 6, 2, 4)
 for got, want in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(segments, q), f(segments, q)):
     torch.testing.assert_close(got, want)

@@ -40,7 +40,9 @@ def asarray_like(array: Array, like: Array) -> Array:
     target = framework(like)
     if target == "torch":
         torch = sys.modules["torch"]
-        return torch.as_tensor(array if framework(array) != "jax" else np.asarray(array), device=like.device)
+        if framework(array) == "torch":
+            return array.to(like.device)
+        return torch.as_tensor(np.array(array), device=like.device)  # a copy: the array may be read-only
     if framework(array) == target:
         return array
     return namespace(like).asarray(to_numpy(array))
