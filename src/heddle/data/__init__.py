@@ -1,0 +1,1 @@
+"""Text into training rows: corpora, tokenizers, packing. Imports no framework."""
