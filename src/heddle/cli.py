@@ -28,6 +28,48 @@ def heddle(
         raise typer.Exit
 
 
+@app.command()
+def mask(
+    kind: str | None = typer.Option(None, help="causal, full, window, documents, lengths or prefix-lm."),
+    seq: int | None = typer.Option(None, help="Tokens in a row.", show_default="1024, or what --lengths need"),
+    documents: int | None = typer.Option(None, help="How many packed documents, cut at random.", show_default="8"),
+    lengths: str | None = typer.Option(None, help="The documents' lengths, or each sequence's: 100,300,50."),
+    window: int | None = typer.Option(None, help="Keys a query sees, its own among them; also within documents."),
+    prefix: int | None = typer.Option(None, help="Tokens that see each other; with --kind window, that all see."),
+    padding: int = typer.Option(0, help="Padding tokens at the end."),
+    block_q: int | None = typer.Option(None, help="Queries in a tile.", show_default="at most 64 tiles a side"),
+    block_k: int | None = typer.Option(None, help="Keys in a tile.", show_default="at most 64 tiles a side"),
+    context_parallel: int = typer.Option(1, help="Ranks that share the queries."),
+    balance: str = typer.Option("area", help="Which rank holds which queries: area, zigzag or none."),
+    chunk: int | None = typer.Option(None, help="Queries --balance area keeps together.", show_default="up to 128"),
+    seed: int = typer.Option(0, help="For the documents' lengths."),
+    out: str | None = typer.Option(None, help="A directory, a prefix, or one file that ends in .png or .html."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+) -> None:
+    """Draw a mask: its tiles, its documents, and who holds what under context parallelism.
+
+    Without --out in the terminal, with it as a picture (PNG) and a page (Plotly).
+
+    Example: heddle mask --seq 4096 --documents 8 --context-parallel 4 --out mask
+    """
+    from heddle import mask_options, mask_picture
+
+    drawn = mask_options.from_options(
+        kind,
+        seq=seq,
+        documents=documents,
+        lengths=mask_options.parse_lengths(lengths),
+        window=window,
+        prefix=prefix,
+        padding=padding,
+        context_parallel=context_parallel,
+        balanced=balance,
+        chunk=chunk,
+        seed=seed,
+    )
+    mask_picture.show(drawn, out, block_q, block_k, as_json=json)
+
+
 def main() -> None:
     """Run the command; a user's error is one line on stderr and exit code 2."""
     arguments = sys.argv[1:]

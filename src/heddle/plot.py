@@ -47,7 +47,7 @@ class Picture:
 
     def html(self, path: str | Path) -> Path:
         """Write a self-contained page (plotly.js inside, no outside assets); returns its path."""
-        return page(path, self.title, [self])
+        return page(path, self.title, [self], heading=False)
 
     def png(self, path: str | Path) -> Path:
         """Write a PNG of ``size`` at 160 dots an inch; returns its path."""
@@ -73,8 +73,8 @@ class Picture:
         )
 
 
-def page(path: str | Path, title: str, parts: Iterable[Picture | str]) -> Path:
-    """Write one self-contained page of pictures and HTML fragments, in order; returns its path.
+def page(path: str | Path, title: str, parts: Iterable[Picture | str], heading: bool = True) -> Path:
+    """Write one self-contained page of pictures and HTML fragments, in order, under its title as a heading.
 
     Fragments are trusted HTML: escape (``html.escape``) what comes from elsewhere. Beside ordinary elements the page
     styles ``<p class="note">`` (small print), ``<ul class="figures">`` (``<li><b>42</b> tokens/s</li>``) and ``<pre>``.
@@ -84,12 +84,12 @@ def page(path: str | Path, title: str, parts: Iterable[Picture | str]) -> Path:
     except ImportError as error:
         raise _missing("plotly") from error
     body = "\n".join(part.div() if isinstance(part, Picture) else part for part in parts)
-    heading = f"<h1>{html.escape(title)}</h1>" if title else ""
+    top = f"<h1>{html.escape(title)}</h1>" if heading and title else ""
     text = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title or 'Heddle')}</title>\n<style>{_STYLE}</style>\n"
-        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n{heading}\n{body}\n</main>\n</body>\n</html>\n"
+        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n{top}\n{body}\n</main>\n</body>\n</html>\n"
     )
     return write_beside(path, lambda file: file.write(text.encode()))
 
@@ -156,7 +156,7 @@ def lines(
         "yaxis": _axis(y, log_y),
         "hovermode": "x unified",
         "showlegend": len(curves) > 1,
-        "title": _title(title),
+        "title": bold(title),
     }
 
     def draw(figure: Any) -> None:
@@ -228,7 +228,7 @@ def bars(
         "barmode": "stack" if stacked else "group",
         "bargap": 0.25,
         "showlegend": len(columns) > 1,
-        "title": _title(title),
+        "title": bold(title),
     }
 
     def draw(figure: Any) -> None:
@@ -268,7 +268,7 @@ def bars(
     return Picture(title, data, layout, (8.0, 4.5), draw)
 
 
-def short(value: float) -> str:
+def short(value: int | float) -> str:
     """A number as an axis shows it: three figures, ``4k`` for 4096, ``1.2M`` for 1,234,567.
 
     >>> [short(v) for v in (4096, 1500, 1_234_567, 0.01234, 42)]
@@ -352,8 +352,10 @@ figure.plot {{ margin: 1.2rem 0 }}
 """
 
 
-def _title(title: str) -> dict[str, Any]:
-    text = f"<b>{html.escape(title)}</b>"
+def bold(text: str, notes: Iterable[str] = ()) -> dict[str, Any]:
+    """Plotly's title: bold, on the left, small lines below it."""
+    text = f"<b>{html.escape(text)}</b>"
+    text += "".join(f'<br><span style="font-size:12px">{html.escape(note)}</span>' for note in notes)
     return {"text": text, "x": 0, "xref": "paper", "y": 1, "yanchor": "top", "pad": {"t": 14}, "font": {"size": 17}}
 
 
@@ -413,7 +415,7 @@ def _some(name: str, mapping: Mapping) -> Mapping:
     return mapping
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any) -> int | float | None:
     """A JSON number, or None for a gap."""
     if value is None:
         return None
@@ -421,7 +423,7 @@ def _number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _nan(values: Iterable[float | None]) -> list[float]:
+def _nan(values: Iterable) -> list:
     return [math.nan if value is None else value for value in values]
 
 
