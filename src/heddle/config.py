@@ -1,0 +1,293 @@
+"""The configuration of a run: one typed tree of options, from YAML files and dotted overrides."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+from yaml import YAMLError
+
+from heddle.data.corpora import ON_ERROR
+
+SCHEDULES = ("constant", "cosine", "wsd")
+OPTIMIZERS = ("adamw", "lion")
+COMPUTE_DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "dots", "full")
+
+
+@dataclass
+class ModelOptions:
+    """Which model: a pretrained one by its path, or the sizes of one to train from scratch (names as in config.json).
+
+    The vocabulary of a model from scratch is its tokenizer's.
+    """
+
+    path: str | None = None  #: a Hugging Face folder, a .gguf file or a hub name; None: from scratch
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    rope_theta: float = 10_000.0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        _at_least("model.num_key_value_heads", self.num_key_value_heads, 1)
+        _positive("model.rope_theta", self.rope_theta)
+        if self.path is not None:
+            for option in dataclasses.fields(self):
+                if option.name != "path" and getattr(self, option.name) != option.default:
+                    raise ValueError(
+                        f"model.{option.name} is for a model from scratch, but model.path names {self.path!r}: give one"
+                    )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"model.hidden_size must be a multiple of model.num_attention_heads, "
+                f"got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads must be a multiple of model.num_key_value_heads, "
+                f"got {self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+
+
+@dataclass
+class DataOptions:
+    """What to train on, and how it is packed; see :func:`heddle.data.corpora.open_corpus`."""
+
+    corpus: str = "stdlib"  #: stdlib, hub:NAME, or a file, folder or pattern of text, JSONL or Parquet
+    eval_corpus: str | None = None  #: what to evaluate on; None: the held-out part of ``corpus``
+    held_out: float = 0.02  #: the share of ``corpus`` that is held out for evaluation; 0 with an ``eval_corpus``
+    tokenizer: str | None = None  #: "bytes", or where to load one from; None: the model's, or bytes from scratch
+    field: str = "text"  #: of a JSONL object, Parquet row or hub record
+    subset: str | None = None  #: of a hub dataset
+    split: str = "train"  #: of a hub dataset
+    on_error: str = "fail"  #: what a broken line does: fail, or skip (and report it)
+    seq_len: int = 512  #: tokens in a packed row
+    window: int | None = None  #: tokens packed together; None: 2**20, or 256 rows if that is more
+
+    def __post_init__(self):
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"data.held_out must be at least 0 and below 1, got {self.held_out}")
+        _one_of("data.on_error", self.on_error, ON_ERROR)
+        _at_least("data.seq_len", self.seq_len, 2)
+        if self.window is not None:
+            _at_least("data.window", self.window, 1)
+
+
+@dataclass
+class TrainingOptions:
+    """How to train."""
+
+    steps: int = 1000  #: optimiser steps of the whole run
+    batch_size: int = 8  #: rows of ``data.seq_len`` tokens in an optimiser step
+    accumulation: int = 1  #: parts the batch is computed in, one after the other: less memory, the same gradients
+    seed: int = 0  #: of the initial weights, the order of the data, and whatever else is random
+    optimizer: str = "adamw"  #: adamw, lion
+    learning_rate: float = 3e-4  #: at its highest
+    schedule: str = "cosine"  #: constant, cosine, wsd (warm-up, stable, decay); all after the warm-up
+    warmup_steps: int = 0  #: over which the learning rate rises linearly
+    decay_share: float = 0.2  #: of all steps, at the end, over which wsd falls linearly
+    final_share: float = 0.1  #: of ``learning_rate``, where cosine and wsd end
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8  #: of adamw
+    weight_decay: float = 0.1  #: of weight matrices only, never of norms and biases
+    clip: float | None = 1.0  #: the largest global norm of the gradient; None: not clipped
+    compute_dtype: str = "float32"  #: bfloat16: forward and backward in it, master weights and optimiser in float32
+    remat: str = "none"  #: what the backward pass computes again: none, dots (all but matrix products), full (layers)
+    max_nonfinite: int = 5  #: steps in a row with a non-finite loss or gradient, each skipped, that stop the run
+    eval_every: int = 100  #: steps between evaluations; 0: never
+    eval_batches: int = 4  #: batches of an evaluation, always the same
+    checkpoint_every: int = 100  #: steps between checkpoints, besides the one at the end; 0: none between
+    keep: int = 2  #: checkpoints kept, the latest ones
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "max_nonfinite", "eval_batches", "keep"):
+            _at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("seed", "warmup_steps", "eval_every", "checkpoint_every"):
+            _at_least(f"training.{name}", getattr(self, name), 0)
+        for name in ("learning_rate", "epsilon"):
+            _positive(f"training.{name}", getattr(self, name))
+        if self.clip is not None:
+            _positive("training.clip", self.clip)
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(f"training.weight_decay must be finite and not negative, got {self.weight_decay}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"training.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("decay_share", "final_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"training.{name} must lie between 0 and 1, got {getattr(self, name)}")
+        _one_of("training.schedule", self.schedule, SCHEDULES)
+        _one_of("training.optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("training.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _one_of("training.remat", self.remat, REMAT)
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"training.batch_size must be a multiple of training.accumulation, "
+                f"got {self.batch_size} and {self.accumulation}"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(
+                f"training.warmup_steps must not exceed training.steps, got {self.warmup_steps} and {self.steps}"
+            )
+
+
+@dataclass
+class Config:
+    """A run. Everything that decides its loss curve is in here."""
+
+    output: str = "runs/train"  #: the run's folder: config.yaml, metrics.jsonl, checkpoints/
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+
+    def __post_init__(self):
+        if not self.output:
+            raise ValueError("output must name a folder, got ''")
+        if self.training.eval_every and not self.data.held_out and self.data.eval_corpus is None:
+            raise ValueError(
+                "training.eval_every needs something to evaluate on: "
+                "set data.held_out above 0, name data.eval_corpus, or set training.eval_every=0"
+            )
+
+    def to_yaml(self) -> str:
+        """As YAML that :func:`load_config` reads back to an equal tree."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
+    def flat(self) -> dict[str, Any]:
+        """Every option by its dotted name."""
+        return dict(_leaves(dataclasses.asdict(self)))
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a YAML file, over the defaults, under dotted overrides.
+
+    Args:
+        path: a YAML file; None: the one the environment variable ``CONFIG_FILE`` names, if it does.
+        overrides: ``"training.steps=10"`` or ``"--training.steps=10"``; values are YAML.
+
+    Raises:
+        ValueError: an unknown key (with the nearest valid one), a value of the wrong type, options that can't go
+            together, a file that isn't YAML. One line that says which option, where it came from, and what it must be.
+        OSError: the file can't be read.
+    """
+    tree = OmegaConf.structured(Config)
+    path = path or os.environ.get("CONFIG_FILE") or None
+    if path is not None:
+        for key, value in _leaves(_read_yaml(path)):
+            _set(tree, key, value, str(path))
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not (key and equals):
+            raise ValueError(f"an override must have the form key=value, such as training.steps=10; got {override!r}")
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"{key}={text} isn't a YAML value: {_one_line(error)}") from None
+        for name, leaf in _leaves({key: value}):
+            _set(tree, name, leaf, "the command line")
+    try:
+        return OmegaConf.to_object(tree)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.load(path)
+    except (YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} isn't YAML: {_one_line(error)}") from None
+    if not isinstance(loaded, DictConfig):
+        raise ValueError(f"{path} must hold a mapping of options, got a list")
+    return OmegaConf.to_container(loaded)  # type: ignore[return-value]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested mapping with their dotted names."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _set(tree: Any, key: str, value: Any, origin: str) -> None:
+    options = {f"{prefix}{option.name}": str(option.type) for prefix, option in _options()}
+    if key not in options:
+        sections = {name.rpartition(".")[0] for name in options} - {""}
+        if key in sections:
+            if value in (None, {}):  # a section with nothing in it
+                return
+            raise ValueError(f"{key} must be a mapping of options, got {value!r} (from {origin})")
+        raise ValueError(f"{key} is not an option (from {origin}); {_nearest(key, options)}")
+    try:
+        OmegaConf.update(tree, key, value)
+    except ValidationError:
+        raise ValueError(f"{key} must be {_TYPES[options[key]]}, got {value!r} (from {origin})") from None
+
+
+_TYPES = {
+    "int": "an integer",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "int | None": "an integer or null",
+    "float | None": "a number or null",
+    "str | None": "text or null",
+}
+
+
+def _options() -> Iterator[tuple[str, dataclasses.Field]]:
+    for option in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(option.default_factory):
+            for inner in dataclasses.fields(option.default_factory):
+                yield f"{option.name}.", inner
+        else:
+            yield "", option
+
+
+def _nearest(key: str, options: Iterable[str]) -> str:
+    """The valid option that a wrong one was most likely meant to be, or all that it could have been."""
+    section, _, name = key.rpartition(".")
+    by_section = {option: option.rpartition(".") for option in options}
+    here = [option for option, parts in by_section.items() if parts[0] == section]
+    same_name = [option for option, parts in by_section.items() if parts[2] == name]
+    misspelt = [f"{section}.{match}" for match in _close(name, [by_section[option][2] for option in here]) if section]
+    close = same_name or misspelt or ([] if section and here else _close(key, list(by_section)))
+    return f"did you mean {close[0]}?" if close else f"the options are {', '.join(here or by_section)}"
+
+
+def _close(name: str, names: list[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, 1)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be finite and positive, got {value}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
