@@ -36,7 +36,7 @@ lint: $(READY) ## Check style and types
 	$(RUN) -m pyright
 
 docs: $(READY) ## Build the documentation into site/, warnings as errors
-	$(RUN) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 bench: $(READY) ## Measure attention beside its peers
 	$(RUN) -m heddle bench attention $(ARGS)
