@@ -219,14 +219,16 @@ def test_a_scale_that_isnt_positive(scale):
         check(case, "sdpa", tensors(case))
 
 
-def test_padding_has_no_gradient_whatever_comes_back():
-    arrays = tensors(GROUPED)
-    for name in ("d_out", "d_lse"):
-        arrays[name][:, 53:] = torch.inf
-    got = run(GROUPED, arrays, "sdpa")
-    for name in ("d_out", "d_lse"):
-        arrays[name][:, 53:] = 0
-    check(GROUPED, "sdpa", arrays, got)
+@pytest.mark.parametrize("padding", [1, 17])
+def test_an_infinite_gradient_of_an_empty_lse_is_none(padding):
+    """As comes back from ``lse.square()``, say."""
+    case = replace(GROUPED, q_len=53 + padding, kv_len=53 + padding)
+    case = replace(case, mask=lambda: Mask.documents(segments(20, 33, padding=padding)))
+    arrays = tensors(case)
+    arrays["d_lse"][:, 53:] = -torch.inf
+    got = run(case, arrays, "sdpa")
+    arrays["d_lse"][:, 53:] = 0
+    check(case, "sdpa", arrays, got)
 
 
 def test_the_gradient_of_one_output_alone():

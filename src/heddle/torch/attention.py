@@ -278,8 +278,8 @@ def _(query, key, value, start, stop, prefix, scale):
 @torch.library.custom_op(
     "heddle::sdpa_backward",
     mutates_args=(),
-    schema="(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor start, "
-    "Tensor stop, int prefix, float scale) -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
+    " Tensor start, Tensor stop, int prefix, float scale) -> (Tensor, Tensor, Tensor)",
 )
 def _sdpa_backward(
     d_out: Tensor, d_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
