@@ -1,0 +1,303 @@
+"""Models from Hugging Face folders and GGUF files, and into Hugging Face folders."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from heddle.data.gguf import GGUF, ROPE_FACTORS
+from heddle.data.locate import locate, read_json
+
+from .model import Transformer
+from .model_config import ModelConfig
+
+#: Our name, Hugging Face's, GGUF's; {} is the layer. Matrices but the embedding are stored transposed there.
+NAMES = (
+    ("embedding", "model.embed_tokens.weight", "token_embd.weight"),
+    ("layers.{}.attention_norm.weight", "model.layers.{}.input_layernorm.weight", "blk.{}.attn_norm.weight"),
+    ("layers.{}.attention.q.weight", "model.layers.{}.self_attn.q_proj.weight", "blk.{}.attn_q.weight"),
+    ("layers.{}.attention.k.weight", "model.layers.{}.self_attn.k_proj.weight", "blk.{}.attn_k.weight"),
+    ("layers.{}.attention.v.weight", "model.layers.{}.self_attn.v_proj.weight", "blk.{}.attn_v.weight"),
+    ("layers.{}.attention.o.weight", "model.layers.{}.self_attn.o_proj.weight", "blk.{}.attn_output.weight"),
+    ("layers.{}.attention.q.bias", "model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
+    ("layers.{}.attention.k.bias", "model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
+    ("layers.{}.attention.v.bias", "model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
+    ("layers.{}.attention.o.bias", "model.layers.{}.self_attn.o_proj.bias", "blk.{}.attn_output.bias"),
+    ("layers.{}.attention.q_norm.weight", "model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
+    ("layers.{}.attention.k_norm.weight", "model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
+    ("layers.{}.ffn_norm.weight", "model.layers.{}.post_attention_layernorm.weight", "blk.{}.ffn_norm.weight"),
+    ("layers.{}.ffn.gate.weight", "model.layers.{}.mlp.gate_proj.weight", "blk.{}.ffn_gate.weight"),
+    ("layers.{}.ffn.up.weight", "model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
+    ("layers.{}.ffn.down.weight", "model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
+    ("layers.{}.ffn.gate.bias", "model.layers.{}.mlp.gate_proj.bias", "blk.{}.ffn_gate.bias"),
+    ("layers.{}.ffn.up.bias", "model.layers.{}.mlp.up_proj.bias", "blk.{}.ffn_up.bias"),
+    ("layers.{}.ffn.down.bias", "model.layers.{}.mlp.down_proj.bias", "blk.{}.ffn_down.bias"),
+    ("norm.weight", "model.norm.weight", "output_norm.weight"),
+    ("head.weight", "lm_head.weight", "output.weight"),
+)
+_THEIRS = {ours: {"hugging face": hugging_face, "gguf": gguf} for ours, hugging_face, gguf in NAMES}
+#: What older checkpoints hold and nobody reads: the rotary embedding's frequencies.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class Source(Protocol):
+    """Where tensors come from, under the source's own names and torch's layout."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def tensor(self, name: str) -> np.ndarray: ...
+
+
+class Safetensors:
+    """The safetensors of a folder, one file or sharded, memory-mapped."""
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        if (folder / INDEX).is_file():
+            index = read_json(folder / INDEX)
+            files = sorted(set(index.get("weight_map", {}).values()))
+            if not files:
+                raise ValueError(f"{folder / INDEX}: weight_map must name a file for each tensor, got none")
+        elif (folder / SINGLE).is_file():
+            files = [SINGLE]
+        else:
+            raise FileNotFoundError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._files: dict[str, Any] = {}
+        for file in files:
+            opened = _open_safetensors(folder / file)
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                stored = opened.get_slice(name)
+                self.shapes[name], self.dtypes[name] = tuple(stored.get_shape()), stored.get_dtype()
+                self._files[name] = opened
+        odd = sorted({f"{name} is {kind}" for name, kind in self.dtypes.items() if kind not in _FLOATS})
+        if odd:
+            raise ValueError(f"{folder}: tensors must be {', '.join(_FLOATS)}; {_few(odd)}")
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+def load(name: str | Path | None = None, *, dtype: Any = "auto", **options: Any) -> Transformer:
+    """The model at a path or of a name on the hub; see :meth:`Transformer.from_pretrained`."""
+    path = locate(name)
+    source: Source
+    if path.suffix == ".gguf":
+        source = GGUF.open(path)
+        config, convention, stored = ModelConfig.from_dict(source.config()), "gguf", "float32"
+    elif path.is_dir():
+        config = ModelConfig.from_json_file(path)
+        source, convention = Safetensors(path), "hugging face"
+        stored = _FLOATS[max(source.dtypes.values(), key=list(source.dtypes.values()).count)]
+    else:
+        raise ValueError(f"{path}: must be a folder with a config.json and safetensors, or a .gguf file")
+    dtype = resolve_dtype(dtype, stored)
+    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    expected = {_dotted(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+    _check(source, {name: shape for name, (shape, _) in expected.items()}, config, convention)
+    arrays = [jnp.asarray(_read(source, ours, config, convention), kind) for ours, (_, kind) in expected.items()]
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def resolve_dtype(dtype: Any, stored: str = "float32") -> jnp.dtype:
+    """A dtype of that name; ``"auto"``: float32 on a CPU, elsewhere ``stored`` (with float16 as bfloat16)."""
+    if isinstance(dtype, str) and dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" or stored in ("float32", "float64") else "bfloat16"
+    for allowed in ("float32", "bfloat16", "float16"):
+        if dtype == allowed or dtype == jnp.dtype(allowed):
+            return jnp.dtype(allowed)
+    raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype}")
+
+
+def save(model: Transformer, folder: str | Path, tokenizer: Any = None, *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a folder that transformers loads: config, generation config, safetensors, and the tokenizer's files.
+
+    Written beside its place and renamed into it, so that the folder is all there or not at all. A saved model that
+    stands there is replaced.
+
+    Raises:
+        ValueError: a folder that holds anything but a saved model; a shard size that isn't positive.
+    """
+    folder = Path(folder)
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    with _replacing(folder) as unfinished:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+        config = model.config.to_dict() | {"dtype": str(leaves[0][1].dtype)}
+        _write_json(unfinished / "config.json", config)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if tokenizer is not None and len(tokenizer.stop_ids) > 1:
+            ids["eos_token_id"] = list(tokenizer.stop_ids)
+        _write_json(unfinished / "generation_config.json", ids)
+        _write_safetensors(unfinished, {_dotted(path): leaf for path, leaf in leaves}, model.config, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+
+
+def _write_safetensors(
+    folder: Path, parameters: dict[str, jax.Array], config: ModelConfig, max_shard_bytes: int
+) -> None:
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = []
+    room = 0
+    for name, parameter in parameters.items():
+        if parameter.nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= parameter.nbytes
+    where = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for ours in names:
+            theirs, transposed = _theirs(ours, config, "hugging face")
+            host = np.asarray(parameters[ours])
+            tensors[theirs] = np.ascontiguousarray(host.T if transposed else host)
+            where[theirs] = file
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(parameter.nbytes for parameter in parameters.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+# ---------------------------------------------------------------------- names and layouts
+
+
+def _theirs(ours: str, config: ModelConfig, convention: str) -> tuple[str, bool]:
+    """A parameter's name in a convention, and whether it lies transposed there."""
+    if ours == "head.weight" and config.tie_word_embeddings:
+        return _THEIRS["embedding"][convention], True
+    layer = re.search(r"\d+", ours)
+    name = _THEIRS[re.sub(r"\d+", "{}", ours, count=1)][convention]
+    matrix = ours.endswith(".weight") and "norm" not in ours
+    return name.format(layer.group() if layer else ""), matrix
+
+
+def _read(source: Source, ours: str, config: ModelConfig, convention: str) -> np.ndarray:
+    theirs, transposed = _theirs(ours, config, convention)
+    tensor = source.tensor(theirs)
+    if convention == "gguf" and config.model_type in ("llama", "mistral") and re.search(r"attention\.[qk]\.", ours):
+        tensor = _half_split(tensor, config.dim)
+    return tensor.T if transposed else tensor
+
+
+def _half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of q or k, whose rotated pairs GGUF stores next to each other for Llama, as the halves of each head."""
+    pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _check(source: Source, expected: dict[str, tuple[int, ...]], config: ModelConfig, convention: str) -> None:
+    """One error for all that is missing, superfluous or of another shape."""
+    wanted = {}
+    for ours, shape in expected.items():
+        theirs, transposed = _theirs(ours, config, convention)
+        wanted[theirs] = shape[::-1] if transposed else shape
+    unread = {_THEIRS["head.weight"][convention]} if config.tie_word_embeddings else set()
+    if convention == "gguf" and config.rotary.rule == "llama3":
+        unread.add(ROPE_FACTORS)
+        plain = config.rotary.theta ** -(np.arange(0, config.dim, 2) / config.dim)
+        _, sin = config.rotary.tables(np.ones((1, 1), np.int32))  # at position 1: the sine of the frequencies
+        implied = plain / np.arcsin(np.asarray(sin, np.float64).reshape(-1))
+        if not np.allclose(implied, source.tensor(ROPE_FACTORS), rtol=1e-3):
+            raise ValueError(f"{source.path}: {ROPE_FACTORS} isn't what Llama 3's rule gives")
+    found = {name for name in source.shapes if name not in unread and not _IGNORED.fullmatch(name)}
+    misshapen = [
+        f"{name} {source.shapes[name]} instead of {shape}"
+        for name, shape in wanted.items()
+        if name in found and source.shapes[name] != shape
+    ]
+    faults = {"missing": wanted.keys() - found, "not expected": found - wanted.keys(), "of another shape": misshapen}
+    if any(faults.values()):
+        listed = "; ".join(f"{fault}: {_few(sorted(names))}" for fault, names in faults.items() if names)
+        raise ValueError(f"{source.path}: tensors don't fit the configuration: {listed}")
+
+
+def _few(names: list[str], limit: int = 20) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _dotted(path: tuple) -> str:
+    """A leaf's path in the model as ``layers.0.attention.q.weight``."""
+    keys = (getattr(key, "name", None) or getattr(key, "key", getattr(key, "idx", None)) for key in path)
+    return ".".join(str(key) for key in keys if key != "value")
+
+
+# ---------------------------------------------------------------------- files
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+_SAVED = re.compile(
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer(_config)?\.json"
+    r"|special_tokens_map\.json|chat_template\.jinja"
+)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder``, which takes its place if nothing fails and is removed if something does."""
+    if folder.exists():
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: must be a folder, got a file")
+        other = sorted(path.name for path in folder.iterdir() if not _SAVED.fullmatch(path.name))
+        if other:
+            raise ValueError(f"{folder}: must be new, empty or a saved model, but it holds {_few(other, 3)}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o777 & ~_umask())
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+            os.replace(folder, old / folder.name)
+            os.replace(unfinished, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
