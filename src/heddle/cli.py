@@ -70,6 +70,59 @@ def mask(
     mask_picture.show(drawn, out, block_q, block_k, as_json=json)
 
 
+@bench.command("attention")
+def bench_attention(
+    framework: str = typer.Option("both", help="torch, jax or both."),
+    batch: int = typer.Option(1, help="Sequences."),
+    seq: str = typer.Option("4096", help="Tokens of a sequence; several, as in 4096,8192, are measured in turn."),
+    heads: int = typer.Option(8, help="Query heads."),
+    kv_heads: int | None = typer.Option(None, help="Key and value heads.", show_default="as many as --heads"),
+    head_dim: int = typer.Option(64, help="Elements of a head."),
+    documents: int = typer.Option(8, help="Packed documents a sequence, cut at random; 1 is plain causal."),
+    pad: int = typer.Option(0, help="Padding tokens at a sequence's end."),
+    window: int | None = typer.Option(None, help="Keys a query sees, its own among them; also within documents."),
+    backward: bool = typer.Option(False, "--backward", help="Forward and backward together."),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    peers: str = typer.Option(
+        "all", help="all, none, or of sdpa-dense, sdpa-documents, flex, jax-dense, jax-causal, with commas."
+    ),
+    repeats: int = typer.Option(10, help="Rounds that count; every contender runs once a round."),
+    memory: bool = typer.Option(False, "--memory", help="Also the peak memory, each contender in a new process."),
+    seed: int = typer.Option(0, help="For the documents' lengths and the inputs."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    out: str | None = typer.Option(None, help="A directory for attention.json and attention.html."),
+) -> None:
+    """Measure attend beside its peers on one mask: time, FLOP/s by visible pairs, peak memory.
+
+    Example: heddle bench attention --seq 4096,8192 --documents 8 --backward --out results
+    """
+    from heddle.bench import attention
+
+    problem = attention.Problem(
+        batch=batch,
+        heads=heads,
+        kv_heads=heads if kv_heads is None else kv_heads,
+        head_dim=head_dim,
+        documents=documents,
+        pad=pad,
+        window=window,
+        backward=backward,
+        dtype=dtype,
+        seed=seed,
+    )
+    attention.run(
+        problem,
+        seq=attention.sequence_lengths(seq),
+        framework=framework,
+        peers=peers,
+        repeats=repeats,
+        memory=memory,
+        as_json=json,
+        out=out,
+        command=["heddle", *sys.argv[1:]],
+    )
+
+
 def main() -> None:
     """Run the command; a user's error is one line on stderr and exit code 2."""
     arguments = sys.argv[1:]
