@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 import torch
+
 from attention_cases import CASES, IDS, oracle
 from heddle import Mask, attend, implementations
+from heddle.attention.reference import reference_backward
 
 
 def softmax_loops(case, arrays):
@@ -50,6 +51,17 @@ def test_the_oracles_gradients_are_finite_differences(name):
         direction = rng.standard_normal(inputs[i].shape)
         ends = [loss(*(x + step * direction if j == i else x for j, x in enumerate(inputs))) for step in (1e-6, -1e-6)]
         np.testing.assert_allclose((expected[gradient] * direction).sum(), (ends[0] - ends[1]) / 2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_the_references_backward_is_the_oracles(case):
+    arrays = case.arrays(dtype=np.float64)
+    expected, mask = oracle(case, arrays), case.mask() or Mask.full(case.q_len, case.kv_len)
+    scale = case.dim**-0.5 if case.scale is None else case.scale
+    inputs = [arrays[name] for name in ("query", "key", "value")]
+    got = reference_backward(*inputs, mask, scale, expected["out"], expected["lse"], arrays["d_out"], arrays["d_lse"])
+    for name, gradient in zip(("dq", "dk", "dv"), got):
+        np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-11)
 
 
 def qkv(**shapes):

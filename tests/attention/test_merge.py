@@ -1,11 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jax
-import torch
 from heddle import Mask, attend, merge
 
 

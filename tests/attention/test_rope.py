@@ -1,13 +1,13 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import jax
-import torch
 from heddle.attention.rope import Rope, rotate
 
 HALF = 8

@@ -10,22 +10,24 @@ from jaxtyping import Float
 
 from .arrays import Array, framework, namespace
 from .mask import Mask
-from .reference import reference
+from .reference import reference, reference_backward
 
 
 class Implementation(NamedTuple):
     """One way to compute attention.
 
     ``unsupported(query, key, value, mask)`` returns None if it serves the case, else one clause saying why not;
-    ``run(query, key, value, mask, scale)`` returns ``(out, lse)``. Arguments are checked, the mask is in their
-    framework.
+    ``run(query, key, value, mask, scale)`` returns ``(out, lse)``, differentiable;
+    ``backward(query, key, value, mask, scale, out, lse, d_out, d_lse)`` returns ``(dq, dk, dv)``, where out and lse may
+    be over more keys than these (ring attention). Arguments are checked, the mask is in their framework.
     """
 
     unsupported: Callable[[Array, Array, Array, Mask], str | None]
     run: Callable[[Array, Array, Array, Mask, float], tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array]] | None = None
 
 
-REFERENCE = Implementation(lambda query, key, value, mask: None, reference)
+REFERENCE = Implementation(lambda query, key, value, mask: None, reference, reference_backward)
 #: By framework, in order of preference. A wing fills in its own when it is imported.
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {"numpy": {"reference": REFERENCE}}
 
@@ -36,7 +38,7 @@ def _table(array: Array) -> dict[str, Implementation]:
     if name == "torch":
         import heddle.torch.attention
     elif name == "jax":
-        import heddle.jax.attention
+        import heddle.jax.attention  # noqa: F401
     return IMPLEMENTATIONS[name]
 
 
@@ -83,30 +85,38 @@ def attend(
         NotImplementedError: the named implementation doesn't serve this case (the message says why).
     """
     mask = _check(query, key, value, mask)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    chosen = choose(query, key, value, mask, implementation)
+    out, lse = chosen.run(query, key, value, mask, _scale(query, scale))
+    return (out, lse) if return_lse else out
+
+
+def choose(query: Array, key: Array, value: Array, mask: Mask, implementation: str | None = None) -> Implementation:
+    """The named implementation, or the first that serves these (checked) arguments; see :func:`attend`."""
     table = _table(query)
     if implementation is None:
-        run = next(i.run for i in table.values() if i.unsupported(query, key, value, mask) is None)
-    elif implementation not in table:
+        return next(i for i in table.values() if i.unsupported(query, key, value, mask) is None)
+    if implementation not in table:
         raise ValueError(
             f"implementation must be one of {', '.join(table)} for {framework(query)} arrays, got {implementation!r}"
         )
-    else:
-        why = table[implementation].unsupported(query, key, value, mask)
-        if why is not None:
-            raise NotImplementedError(f"implementation {implementation!r} doesn't serve this case: {why}")
-        run = table[implementation].run
-    out, lse = run(query, key, value, mask, float(scale))
-    return (out, lse) if return_lse else out
+    why = table[implementation].unsupported(query, key, value, mask)
+    if why is not None:
+        raise NotImplementedError(f"implementation {implementation!r} doesn't serve this case: {why}")
+    return table[implementation]
 
 
 def implementations(query: Array, key: Array, value: Array, mask: Mask | None = None) -> dict[str, str | None]:
     """Which implementations would serve these arguments, in order of preference: name to None, or to why not."""
     mask = _check(query, key, value, mask)
     return {name: i.unsupported(query, key, value, mask) for name, i in _table(query).items()}
+
+
+def _scale(query: Array, scale: float | None) -> float:
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    return float(scale)
 
 
 def _check(query: Array, key: Array, value: Array, mask: Mask | None) -> Mask:

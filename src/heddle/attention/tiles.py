@@ -93,3 +93,13 @@ def tiles(
         return Intervals(*(xp.astype(bound, xp.int32) for bound in intervals))
 
     return Tiles(block_q, block_k, prefix, int32(rows), int32(columns))
+
+
+def schedule(intervals: Intervals) -> Int[Array, "5 rows tiles"]:
+    """What a kernel reads: the order in which to begin the tiles, longest first, then the four bounds of each.
+
+    Documents differ in length; begun last, a long row of tiles would keep the device waiting (LPT scheduling).
+    """
+    xp = namespace(intervals.lo)
+    order = xp.astype(xp.argsort(intervals.lo - intervals.hi, axis=1, stable=True), xp.int32)
+    return xp.stack([order, *intervals])

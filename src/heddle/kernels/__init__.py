@@ -1,0 +1,1 @@
+"""Triton kernels that know no framework, and the plan of their launches."""
