@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import heddle.torch.attention as wing
 from attention_cases import CASES, IDS, Case, oracle, segments
-from heddle import Mask, attend, implementations
+from heddle import Mask, attend, implementations, merge
+from heddle.torch import sdpa
 
 #: of the largest value of each array: rounding of the inputs' dtype, times the few roundings on the way.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -43,10 +43,8 @@ def check(case: Case, implementation: str, arrays: dict[str, torch.Tensor], got=
         have, expected = value.detach().cpu().double().numpy(), want[name]
         finite = np.isfinite(expected)  # only lse's -inf isn't
         np.testing.assert_array_equal(np.isfinite(have), finite, err_msg=name)
-        tolerance = TOLERANCE[
-            torch.float32 if name == "lse" and value.dtype == torch.float32 else arrays["query"].dtype
-        ]
-        bound = tolerance * max(1.0, np.abs(expected[finite]).max(initial=0.0))
+        dtype = value.dtype if name == "lse" else arrays["query"].dtype
+        bound = TOLERANCE[dtype] * max(1.0, np.abs(expected[finite]).max(initial=0.0))
         np.testing.assert_allclose(have[finite], expected[finite], rtol=0, atol=bound, err_msg=name)
 
 
@@ -55,10 +53,10 @@ def small_calls():
     """Bounds so small that short sequences come to every kind of call."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("BLOCK", 8), ("SMALL", 16), ("STRETCH", 5), ("CAUSAL_FROM", {"cpu": 6})):
-            patch.setattr(wing, name, value)
-        wing._rows.cache_clear()
+            patch.setattr(sdpa, name, value)
+        sdpa._rows.cache_clear()
         yield
-    wing._rows.cache_clear()
+    sdpa._rows.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -120,23 +118,24 @@ def computed(mask: Mask, kv_len: int) -> tuple[np.ndarray, int]:
     """How often the calls a mask comes to visit each pair that they let through, and how many pairs they compute."""
     times, pairs, at = np.zeros((mask.q_len, kv_len), int), 0, 0
     prefix = min(mask.prefix, kv_len)
-    start, stop, apart = (a[0] for a in wing.split_prefix(mask.start, mask.stop, prefix, kv_len))
-    for queries, parts in wing.runs(start, stop, apart, prefix, wing.CAUSAL_FROM["cpu"]):
+    start, stop, apart = (a[0] for a in sdpa.split_prefix(mask.start, mask.stop, prefix, kv_len))
+    for queries, parts in sdpa.runs(start, stop, apart, prefix, sdpa.CAUSAL_FROM["cpu"]):
         assert queries.start == at < queries.stop
         at = queries.stop
         for keys, kind in parts:
             assert 0 <= keys.start < keys.stop <= kv_len
             block = times[queries, keys]
             if kind == "causal":
-                assert block.shape[0] == block.shape[1]
-                block += np.tri(len(block), dtype=int)
+                n, width = block.shape
+                assert n <= width
+                block += np.tri(n, width, width - n, dtype=int)
             elif kind == "masked":
-                assert len(block) <= wing.BLOCK
+                assert len(block) <= sdpa.BLOCK
                 key = np.arange(keys.start, keys.stop)
                 block += (start[queries, None] <= key) & (key < stop[queries, None])
             else:
                 block += 1
-            pairs += block.size // (2 if kind == "causal" else 1)
+            pairs += block.size // (2 if kind == "causal" and len(block) >= sdpa.CAUSAL_FROM["cpu"] else 1)
     assert at == mask.q_len
     return times, pairs
 
@@ -179,11 +178,12 @@ def test_computed_pairs_follow_visible_pairs(mask):
 def test_a_batch_of_equal_rows_is_computed_at_once(rows, kv_heads, calls):
     q, k = torch.zeros(3, 40, 4, 8), torch.zeros(3, 40, kv_heads, 8)
     mask = Mask.documents(np.concatenate([segments(*row) for row in rows])).on(q)
-    assert [batch for batch, _ in wing.work(q, k, mask.start, mask.stop, 0)] == calls
+    assert [batch for batch, _ in sdpa.work(q, k, mask.start, mask.stop, 0, 1.0)] == calls
 
 
 # ---------------------------------------------------------------- what torch may hand over
 
+DECODE = next(case for case in CASES if case.name == "decode")
 GROUPED = Case("grouped", 70, 70, lambda: Mask.documents(segments(20, 33, padding=17)), batch=2, heads=4, kv_heads=2)
 
 
@@ -214,7 +214,7 @@ def test_expanded_arrays():
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, -0.0])
 def test_a_scale_that_isnt_positive(scale):
-    for case in (GROUPED, LONG[0]):
+    for case in (GROUPED, DECODE, LONG[0]):
         case = replace(case, scale=scale)
         check(case, "sdpa", tensors(case))
 
@@ -245,12 +245,30 @@ def test_the_gradient_of_one_output_alone():
 
 def test_no_gradient_through_lse_widens_nothing(monkeypatch):
     widths = []
-    kernel = wing._backward
-    monkeypatch.setattr(wing, "_backward", lambda d_out, *rest: widths.append(d_out.shape[-1]) or kernel(d_out, *rest))
+    kernel = sdpa._backward
+    monkeypatch.setattr(sdpa, "_backward", lambda d_out, *rest: widths.append(d_out.shape[-1]) or kernel(d_out, *rest))
     arrays = tensors(GROUPED)
     query = arrays["query"].requires_grad_()
     attend(query, arrays["key"], arrays["value"], GROUPED.mask(), implementation="sdpa").sum().backward()
     assert set(widths) == {GROUPED.dim}
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_backward_of_a_part_of_the_keys(kv_heads):
+    """From out and lse over all keys, as ring attention has them: the parts' gradients add up to the whole's."""
+    case = Case("part", 90, 90, lambda: Mask.documents(segments(30, 44, padding=16)), heads=4, kv_heads=kv_heads)
+    arrays, mask = tensors(case), case.mask()
+    query, key, value, d_out, d_lse = arrays.values()
+    split = 37
+    parts = []
+    for first, past in ((0, split), (split, 90)):
+        part = Mask(np.clip(mask.start - first, 0, None), np.clip(mask.stop - first, 0, past - first)).on(query)
+        parts.append((key[:, first:past], value[:, first:past], part))
+    out, lse = merge([attend(query, *part, implementation="sdpa", return_lse=True) for part in parts])
+    grads = [sdpa.sdpa_backward(query, *part, 0.25, out, lse, d_out, d_lse) for part in parts]
+    (dq_0, *d_0), (dq_1, *d_1) = grads
+    dk, dv = (torch.cat(pair, dim=1) for pair in zip(d_0, d_1))
+    check(case, "sdpa", arrays, {"out": out, "lse": lse, "dq": dq_0 + dq_1, "dk": dk, "dv": dv})
 
 
 def test_repetition_is_bit_identical():
@@ -273,11 +291,11 @@ def operands(case: Case, dtype: torch.dtype):
 def test_opcheck(dtype, value_dim):
     case = replace(GROUPED, dim=16, value_dim=value_dim)
     arrays, forward = operands(case, dtype)
-    torch.library.opcheck(wing._sdpa, forward)
-    out, lse = (x.detach() for x in wing._sdpa(*forward))
+    torch.library.opcheck(sdpa._sdpa, forward)
+    out, lse = (x.detach() for x in sdpa._sdpa(*forward))
     for d_lse in (None, arrays["d_lse"].to(lse.dtype)):
         inputs = (arrays["d_out"], d_lse, *(x.detach() for x in forward[:3]), out, lse, *forward[3:])
-        torch.library.opcheck(wing._sdpa_backward, inputs)
+        torch.library.opcheck(sdpa._sdpa_backward, inputs)
 
 
 COMPILED = """
