@@ -39,7 +39,8 @@ ROOMS["data"] = {"attention", "config"}
 BELOW_WINGS = set(ROOMS)
 ROOMS["torch"] = ROOMS["jax"] = BELOW_WINGS
 ROOMS["serve"] = BELOW_WINGS | {"jax"}
-ROOMS["bench"] = ROOMS["quickstart"] = BELOW_WINGS | {"torch", "jax"}
+ROOMS["bench"] = BELOW_WINGS | {"torch", "jax"}
+ROOMS["quickstart"] = ROOMS["bench"] | {"bench"}
 ROOMS["cli"] = set(ROOMS) | {"serve"}
 ROOMS["__main__"] = {"cli"}
 ROOMS["__init__"] = {"attention"}
