@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -10,6 +11,9 @@ from rich.console import Console
 app = typer.Typer(name="heddle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(no_args_is_help=True, help="Measure, beside peers, in one interleaved run.")
 app.add_typer(bench, name="bench")
+
+MODEL = "A folder, a GGUF file or a name on the Hugging Face hub."
+EMBEDDED = "the embedded SmolLM2-135M-Instruct"
 
 
 @app.callback(invoke_without_command=True)
@@ -68,6 +72,88 @@ def mask(
         seed=seed,
     )
     mask_picture.show(drawn, out, block_q, block_k, as_json=json)
+
+
+@app.command()
+def quickstart(
+    fast: bool = typer.Option(False, "--fast", help="A shorter answer, fewer files, few training steps."),
+    out: str = typer.Option("out/quickstart", help="A folder for the report, its pictures and the models."),
+) -> None:
+    """Take the tour: a real model answers, runs in transformers too, and a small one is trained on packed documents.
+
+    A few minutes on two cores, ending in one page, report.html. Needs no network.
+
+    Example: heddle quickstart --out tour
+    """
+    from heddle import quickstart
+
+    quickstart.run(out, fast)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to answer; may be repeated.")] = None,
+    model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    max_tokens: int = typer.Option(256, help="Tokens of an answer, at most."),
+    temperature: float = typer.Option(0.0, help="0: always the likeliest token."),
+    top_k: int | None = typer.Option(None, help="Sample among so many likeliest tokens."),
+    top_p: float | None = typer.Option(None, help="Sample among the likeliest tokens of this probability together."),
+    min_p: float | None = typer.Option(None, help="Sample among tokens this many times as likely as the likeliest."),
+    repetition_penalty: float | None = typer.Option(None, help="Above 1: what was said becomes less likely."),
+    seed: int = typer.Option(0, help="Same seed, same text."),
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
+    system: str | None = typer.Option(None, help="The system message.", show_default="the model's own"),
+    raw: bool = typer.Option(False, "--raw", help="Continue the text as it is, without the chat template."),
+    dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+    json: bool = typer.Option(False, "--json", help="Print a JSON object for each prompt."),
+) -> None:
+    """Answer a prompt, or what stands on stdin, as it comes.
+
+    Example: heddle generate --prompt "What is the capital of France?"
+    """
+    from heddle.jax import sampling, terminal
+
+    terminal.answer(
+        model,
+        prompt or [],
+        sampler=sampling.sampler(temperature, top_k, top_p, min_p, repetition_penalty),
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=stop or [],
+        system=system,
+        raw=raw,
+        dtype=dtype,
+        as_json=json,
+    )
+
+
+@app.command()
+def chat(
+    model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    max_tokens: int = typer.Option(1024, help="Tokens of an answer, at most."),
+    temperature: float = typer.Option(0.2, help="0: always the likeliest token."),
+    top_k: int | None = typer.Option(None, help="Sample among so many likeliest tokens."),
+    top_p: float | None = typer.Option(0.9, help="Sample among the likeliest tokens of this probability together."),
+    min_p: float | None = typer.Option(None, help="Sample among tokens this many times as likely as the likeliest."),
+    repetition_penalty: float | None = typer.Option(None, help="Above 1: what was said becomes less likely."),
+    seed: int = typer.Option(0, help="Same seed, same text."),
+    system: str | None = typer.Option(None, help="The system message.", show_default="the model's own"),
+    dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+) -> None:
+    """Talk with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Example: heddle chat --system "You answer in one sentence."
+    """
+    from heddle.jax import sampling, terminal
+
+    terminal.chat(
+        model,
+        sampler=sampling.sampler(temperature, top_k, top_p, min_p, repetition_penalty),
+        max_tokens=max_tokens,
+        seed=seed,
+        system=system,
+        dtype=dtype,
+    )
 
 
 @bench.command("attention")
