@@ -15,12 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from heddle.data.corpora import ON_ERROR
-
 SCHEDULES = ("constant", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "lion")
 COMPUTE_DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "dots", "full")
+ON_ERROR = ("fail", "skip")  #: what a broken line of a corpus does: end the run, or be reported and skipped
 
 
 @dataclass
@@ -30,7 +28,7 @@ class ModelOptions:
     The vocabulary of a model from scratch is its tokenizer's.
     """
 
-    path: str | None = None  #: a Hugging Face folder, a .gguf file or a hub name; None: from scratch
+    path: str | None = None  #: a Hugging Face folder, a .gguf file, a hub name, or embedded; None: from scratch
     hidden_size: int = 256
     intermediate_size: int = 704
     num_hidden_layers: int = 4
@@ -69,7 +67,7 @@ class DataOptions:
     corpus: str = "stdlib"  #: stdlib, hub:NAME, or a file, folder or pattern of text, JSONL or Parquet
     eval_corpus: str | None = None  #: what to evaluate on; None: the held-out part of ``corpus``
     held_out: float = 0.02  #: the share of ``corpus`` that is held out for evaluation; 0 with an ``eval_corpus``
-    tokenizer: str | None = None  #: "bytes", or where to load one from; None: the model's, or bytes from scratch
+    tokenizer: str | None = None  #: bytes, or a model's path; None: that of model.path, or bytes from scratch
     field: str = "text"  #: of a JSONL object, Parquet row or hub record
     subset: str | None = None  #: of a hub dataset
     split: str = "train"  #: of a hub dataset
@@ -106,7 +104,7 @@ class TrainingOptions:
     weight_decay: float = 0.1  #: of weight matrices only, never of norms and biases
     clip: float | None = 1.0  #: the largest global norm of the gradient; None: not clipped
     compute_dtype: str = "float32"  #: bfloat16: forward and backward in it, master weights and optimiser in float32
-    remat: str = "none"  #: what the backward pass computes again: none, dots (all but matrix products), full (layers)
+    remat: bool = False  #: compute each layer again in the backward pass: less memory, a third more work
     max_nonfinite: int = 5  #: steps in a row with a non-finite loss or gradient, each skipped, that stop the run
     eval_every: int = 100  #: steps between evaluations; 0: never
     eval_batches: int = 4  #: batches of an evaluation, always the same
@@ -133,7 +131,6 @@ class TrainingOptions:
         _one_of("training.schedule", self.schedule, SCHEDULES)
         _one_of("training.optimizer", self.optimizer, OPTIMIZERS)
         _one_of("training.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
-        _one_of("training.remat", self.remat, REMAT)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"training.batch_size must be a multiple of training.accumulation, "

@@ -21,13 +21,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from heddle.config import ON_ERROR
+
 from .packing import Documents
 
 log = logging.getLogger(__name__)
 
 Reader = Callable[[int, Any], Iterator[tuple[str, str, Any]]]
 PARTS = ("all", "train", "held_out")
-ON_ERROR = ("fail", "skip")  #: what a broken line does: end the run, or be reported and skipped
 
 STDLIB = "stdlib"
 HUB = "hub:"
@@ -96,11 +97,13 @@ def tokenized(reader: Reader, tokenizer: Encoder) -> Documents:
     Empty texts are passed over.
     """
 
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+
     def documents(epoch: int, cursor: Any) -> Iterator[tuple[np.ndarray, Any]]:
-        end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         for _, text, after in reader(epoch, cursor):
             if text:
-                yield np.asarray(tokenizer.encode(text) + end, np.int32), after
+                ids = tokenizer.encode(text)
+                yield np.asarray(ids if ids[-1:] == end else ids + end, np.int32), after
 
     return documents
 

@@ -1,0 +1,116 @@
+"""The metrics of a run: a line of JSON each on disk, that survive a crash, and their progress on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Record = dict[str, Any]  #: "step" and what was measured at it
+
+
+class MetricsFile:
+    """A JSONL file of records, appended to; on resuming, what lies after the resumed step is taken away first.
+
+    So after a crash each step stands in the file once: those after the last checkpoint are trained, and written, again.
+
+    Args:
+        path: of the file.
+        step: the step that the run goes on from; 0: the file starts afresh.
+    """
+
+    def __init__(self, path: str | Path, step: int):
+        path = Path(path)
+        kept = [r for r in read_metrics(path) if r["step"] <= step] if step and path.exists() else []
+        rewritten = path.with_name(path.name + ".new")
+        rewritten.write_text("".join(map(_line, kept)))
+        rewritten.replace(path)
+        self._file: TextIO = path.open("a")
+
+    def write(self, record: Record) -> None:
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """See to it that all that is written is on disk, before a checkpoint says that these steps are done."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | Path) -> list[Record]:
+    """The records of a run's ``metrics.jsonl``, in order. A last line that was cut off (a crash) is left out.
+
+    Raises:
+        ValueError: a broken line elsewhere, with its number.
+    """
+    lines = Path(path).read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], 1):  # a whole line ends with a newline: what follows the last is cut off
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a record of metrics ({error})") from None
+    return records
+
+
+def _line(record: Record) -> str:
+    """JSON knows no NaN and no infinity: they become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite) + "\n"
+
+
+class ProgressBar:
+    """Shows the records of a run: a bar with the loss and tokens/s; a line now and then where there is no terminal.
+
+    A context manager; called with each record.
+    """
+
+    def __init__(self, steps: int, step: int = 0, console: Console | None = None):
+        self._console = console or Console(stderr=True)
+        self._steps = steps
+        self._training = self._evaluation = ""
+        self._every = max(1, steps // 20)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=steps, completed=step)
+
+    def __enter__(self) -> ProgressBar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.stop()
+
+    def __call__(self, record: Record) -> None:
+        step, plain = record["step"], not self._console.is_terminal
+        if "eval_loss" in record:
+            self._evaluation = f"held-out {record['eval_loss']:.4f}"
+            self._step(step, self._evaluation, plain)
+        else:
+            self._training = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+            if record.get("skipped"):
+                self._step(step, "loss or gradient not finite: step skipped", True)
+            self._step(step, self._training, plain and (step % self._every == 0 or step == self._steps))
+        self._bar.update(self._task, completed=step, description=f"{self._training}  {self._evaluation}")
+
+    def note(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _step(self, step: int, text: str, really: bool) -> None:
+        if really:
+            self.note(f"step {step}/{self._steps}  {text}")

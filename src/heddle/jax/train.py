@@ -1,0 +1,328 @@
+"""Training: one compiled step over packed batches, with exact resume."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jaxtyping import Int, UInt32
+
+from heddle.attention.arrays import Array
+from heddle.config import TrainingOptions
+from heddle.data.packing import Batch, Packer, ahead
+
+from .metrics import MetricsFile, Record
+from .optimizer import make_optimizer, make_schedule
+
+#: ``objective(model, batch, rng)`` returns the sum of the batch's losses (float32), the number of tokens it is over,
+#: and further sums to log, divided by the same number. A batch's loss is the one sum over the other, whatever parts it
+#: is computed in, so each token weighs the same.
+Objective = Callable[[Any, Batch, Array], tuple[Array, Array, dict[str, Array]]]
+
+Variables = Any  #: an nnx.State
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run consists of at one moment; what a checkpoint holds, and what resuming needs.
+
+    Args:
+        step: int32, how many steps are done.
+        model: the model's variables, parameters in float32.
+        optimizer: optax's state.
+        rng: the data of the run's random key; each step's key is folded from it.
+        nonfinite: int32, how many of the last steps in a row were skipped.
+        data: where the next batch begins (:meth:`heddle.data.packing.Packer.state`); None inside the compiled step.
+    """
+
+    step: Int[Array, ""]
+    model: Variables
+    optimizer: optax.OptState
+    rng: UInt32[Array, ...]
+    nonfinite: Int[Array, ""]
+    data: Any = None
+
+
+class Trainer:
+    """Trains a model's parameters on packed batches.
+
+    A run lives in a folder: ``metrics.jsonl``, a record each step, and ``checkpoints/``. :meth:`fit` goes on from the
+    latest checkpoint there, with exactly the losses that the uninterrupted run has (bit for bit on the same machine).
+    Gradients are summed over the parts of a batch and divided by its number of tokens at the end, clipped by global
+    norm, and applied to float32 parameters; a step whose loss or gradient isn't finite changes nothing.
+
+    Args:
+        model: an ``nnx`` module. It is trained in place: its arrays belong to the trainer while it fits.
+        objective: see :data:`Objective`; :func:`heddle.jax.lm.lm` for language modelling.
+        data: batches of ``options.batch_size`` rows.
+        options: how to train.
+        output: the run's folder.
+        evaluation: batches to evaluate on every ``options.eval_every`` steps.
+
+    Raises:
+        ValueError: ``data`` whose batches aren't of ``options.batch_size`` rows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        data: Packer,
+        options: TrainingOptions,
+        output: str | Path,
+        evaluation: Sequence[Batch] = (),
+    ):
+        if data.rows != options.batch_size:
+            raise ValueError(f"data must come in batches of {options.batch_size} rows, got {data.rows}")
+        self.model, self.options, self.output = model, options, Path(output)
+        self.stopped_by: signal.Signals | None = None  #: the signal that ended the last fit early
+        self._objective, self._data, self._evaluation = objective, data, evaluation
+        self._schedule, self._optimizer = make_schedule(options), make_optimizer(options)
+        self._graph, variables = nnx.split(model)
+        variables = jax.tree.map(_master, variables)
+        self.state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            model=variables,
+            optimizer=self._optimizer.init(nnx.filter_state(variables, nnx.Param)),
+            rng=jax.random.key_data(jax.random.key(options.seed)),
+            nonfinite=jnp.zeros((), jnp.int32),
+            data=data.state(),
+        )
+        self._evaluate = jax.jit(self._loss)
+
+    def fit(self, report: Callable[[Record], None] = lambda record: None) -> TrainState:
+        """Train up to ``options.steps``, from the latest checkpoint in the run's folder if there is one.
+
+        SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); a second one ends at once.
+
+        Args:
+            report: called with each record that goes into ``metrics.jsonl``.
+
+        Raises:
+            FloatingPointError: ``options.max_nonfinite`` steps in a row without a finite loss and gradient. The last
+                batch is saved beside the metrics.
+            ValueError: checkpoints of another model or optimiser.
+        """
+        self.stopped_by = None
+        with closing(self._checkpoints()) as checkpoints:
+            self._restore(checkpoints)
+            done = int(self.state.step)
+            try:
+                if done < self.options.steps:
+                    metrics = MetricsFile(self.output / "metrics.jsonl", done)
+                    with closing(metrics), _stop_on_signals() as stop:
+                        self._run(checkpoints, metrics, report, stop)
+            finally:
+                nnx.update(self.model, self.state.model)
+        return self.state
+
+    def evaluate(self) -> Record:
+        """The mean loss over the tokens of the evaluation batches, and whatever else the objective measures."""
+        key = jax.random.wrap_key_data(self.state.rng)
+        sums = [self._evaluate(self.state.model, batch, key) for batch in self._evaluation]
+        means = _means(jax.tree.map(lambda *parts: sum(parts), *sums))
+        return {f"eval_{name}": value.item() for name, value in means.items()}
+
+    def _run(self, checkpoints, metrics: MetricsFile, report: Callable[[Record], None], stop: _Stop) -> None:
+        options, done, compiled = self.options, int(self.state.step), None
+        self._data.restore(self.state.data)
+
+        def write(record: Record) -> None:
+            metrics.write(record)
+            report(record)
+
+        with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
+            since, running = 0.0, None  # the step that the device works at while the host prepares the next
+            for step, (batch, after) in zip(range(done + 1, options.steps + 1), batches, strict=False):
+                parts = Batch(*(field.reshape(options.accumulation, -1, field.shape[-1]) for field in batch))
+                arrays = replace(self.state, data=None)
+                if compiled is None:  # ahead of time, so that the first step's tokens/s is true too
+                    compiled = jax.jit(self._step, donate_argnums=0).lower(arrays, parts).compile()
+                    since = time.perf_counter()
+                arrays, measured = compiled(arrays, parts)
+                self.state = replace(arrays, data=after)
+                if running is not None:
+                    since = self._finish(*running, since, write)
+                running = step, batch, measured
+
+                stopped, ended = stop.signal, step == options.steps
+                evaluates = len(self._evaluation) and _due(step, options.eval_every, ended)
+                saves = ended or stopped is not None or _due(step, options.checkpoint_every)
+                if evaluates or saves:
+                    self._finish(*running, since, write)
+                    running = None
+                    if evaluates:
+                        write({"step": step, **self.evaluate()})
+                    if saves:
+                        metrics.sync()
+                        self._save(checkpoints)
+                    since = time.perf_counter()
+                if stopped is not None:
+                    self.stopped_by = None if ended else stopped
+                    return
+            if running is not None:  # the data ended before options.steps
+                self._finish(*running, since, write)
+                metrics.sync()
+                self._save(checkpoints)
+
+    def _finish(self, step: int, batch: Batch, measured: dict[str, Array], since: float, write) -> float:
+        """Wait until the device has done ``step``, and record it; returns when that was."""
+        record = {name: value.item() for name, value in jax.device_get(measured).items()}
+        now, nonfinite = time.perf_counter(), record.pop("nonfinite")
+        rates = {"tokens_per_second": record["tokens"] / (now - since), "seconds": now - since}
+        first = {"step": step, "loss": record["loss"], "tokens": record["tokens"]}  # what a reader looks for
+        write(first | record | ({"skipped": True} if nonfinite else {}) | rates)
+        if nonfinite >= self.options.max_nonfinite:
+            path = self.output / f"nonfinite-{step}.npz"
+            np.savez(path, **batch._asdict())
+            raise FloatingPointError(
+                f"{nonfinite} steps in a row had no finite loss and gradient, the last one step {step}; "
+                f"its batch is in {path}"
+            )
+        return now
+
+    # ------------------------------------------------------------------ on the device
+
+    def _loss(self, variables: Variables, batch: Batch, key: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        total, tokens, metrics = self._objective(nnx.merge(self._graph, variables), batch, key)
+        return total, (tokens, metrics)
+
+    def _step(self, state: TrainState, parts: Batch) -> tuple[TrainState, dict[str, Array]]:
+        """One step over the ``parts`` of a batch, each field ``(accumulation, rows, row_len)``."""
+        params, others = nnx.split_state(state.model, nnx.Param, ...)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+
+        def loss(params, *inputs):
+            return self._loss(nnx.merge_state(params, others), *inputs)
+
+        def part(inputs):
+            return jax.value_and_grad(loss, has_aux=True)(params, *inputs)
+
+        def accumulate(sums, inputs):
+            return jax.tree.map(jnp.add, sums, part(inputs)), None
+
+        inputs = (parts, jax.random.split(key, len(parts.tokens)))
+        first = jax.tree.map(lambda x: x[0], inputs)
+        if len(parts.tokens) == 1:
+            sums, gradient = part(first)
+        else:
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, first))
+            (sums, gradient), _ = jax.lax.scan(accumulate, zeros, inputs)
+
+        record = _means(sums)
+        gradient = jax.tree.map(lambda g: g / jnp.maximum(record["tokens"], 1), gradient)
+        norm, rate = optax.tree.norm(gradient), self._schedule(state.step)
+        updates, optimizer = self._optimizer.update(gradient, state.optimizer, params)
+        updated = jax.tree.map(lambda p, u: p + rate * u, params, updates)
+        finite = jnp.isfinite(record["loss"]) & jnp.isfinite(norm)
+        params, optimizer = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (updated, optimizer), (params, state.optimizer)
+        )
+        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+        state = replace(
+            state, step=state.step + 1, model=nnx.merge_state(params, others), optimizer=optimizer, nonfinite=nonfinite
+        )
+        return state, record | {"gradient_norm": norm, "learning_rate": rate, "nonfinite": nonfinite}
+
+    # ------------------------------------------------------------------ on disk
+
+    def _checkpoints(self) -> ocp.CheckpointManager:
+        """Asynchronous, and atomic: a checkpoint is written beside and renamed when it is whole."""
+        return ocp.CheckpointManager(
+            (self.output / "checkpoints").resolve(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=self.options.keep, cleanup_tmp_directories=True),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
+        )
+
+    def _save(self, checkpoints: ocp.CheckpointManager) -> None:
+        arrays = ocp.args.StandardSave(_named(replace(self.state, data=None)))
+        data = ocp.args.JsonSave(self.state.data)
+        checkpoints.save(int(self.state.step), args=ocp.args.Composite(state=arrays, data=data))
+
+    def _restore(self, checkpoints: ocp.CheckpointManager) -> None:
+        step = checkpoints.latest_step()
+        if step is None:
+            return
+        arrays = replace(self.state, data=None)
+        shapes = _named(jax.eval_shape(lambda: arrays))
+        saved = checkpoints.item_metadata(step)["state"]
+        for name in {**saved, **shapes}:
+            here, there = (x[name].shape if name in x else "none" for x in (shapes, saved))
+            if here != there:
+                raise ValueError(
+                    f"{self.output} holds a checkpoint of another model or optimiser: "
+                    f"{name} is {there} there and {here} here"
+                )
+        restored = checkpoints.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore())
+        )
+        leaves = [restored["state"][name] for name in shapes]
+        self.state = replace(jax.tree.unflatten(jax.tree.structure(arrays), leaves), data=restored["data"])
+
+
+def _means(sums: tuple[Array, tuple[Array, dict[str, Array]]]) -> dict[str, Array]:
+    """What :meth:`Trainer._loss` summed, by token; and the number of tokens."""
+    total, (tokens, metrics) = sums
+    count = jnp.maximum(tokens, 1)
+    return {"loss": total / count, "tokens": tokens} | {name: value / count for name, value in metrics.items()}
+
+
+def _master(x: Array) -> Array:
+    """Parameters are kept in float32, whatever they are computed in."""
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, so that a checkpoint depends on names alone, not on classes."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _with_state(data: Packer) -> Iterator[tuple[Batch, Any]]:
+    for batch in data:
+        yield batch, data.state()
+
+
+def _due(step: int, every: int, ended: bool = False) -> bool:
+    return bool(every) and (ended or step % every == 0)
+
+
+class _Stop:
+    signal: signal.Signals | None = None
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    """Notes SIGTERM and SIGINT instead of dying of them; the second one does what it always did."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal = signal.Signals(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        restore()

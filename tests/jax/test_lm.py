@@ -1,0 +1,120 @@
+"""The loss of packed rows is the loss of the documents, whatever stretches it is computed in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from heddle.data.packing import NO_TARGET, Batch, pack
+from heddle.jax.lm import cross_entropy, lm
+from heddle.jax.model import Transformer
+from heddle.jax.model_config import ModelConfig
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def documents(*lengths):
+    random = np.random.default_rng(0)
+    return [random.integers(0, 50, n) for n in lengths]
+
+
+def loss_and_gradient(model, batch):
+    graph, params = nnx.split(model)
+
+    def loss(params):
+        total, count, _ = lm(nnx.merge(graph, params), batch, KEY)
+        return total, count
+
+    (total, count), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return float(total), int(count), gradient
+
+
+def assert_trees_close(a, b, tolerance):
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(a))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * scale)
+
+
+def test_a_packed_batch_has_the_loss_and_gradient_of_its_documents_one_by_one(model):
+    lengths = (12, 4, 12, 7, 7, 4, 4, 12)
+    packed = pack(documents(*lengths), 16)
+    assert len(packed.tokens) < len(lengths)
+    total, count, gradient = loss_and_gradient(model, packed)
+
+    totals, counts, gradients = zip(
+        *(loss_and_gradient(model, pack([document], len(document))) for document in documents(*lengths)), strict=True
+    )
+    assert count == sum(counts) == sum(n - 1 for n in lengths)
+    # Token-weighted: the mean over all tokens is not the mean of the documents' means.
+    assert total / count == pytest.approx(sum(totals) / sum(counts), rel=1e-5)
+    assert_trees_close(gradient, jax.tree.map(lambda *parts: sum(parts), *gradients), 1e-5)
+
+
+def test_a_cut_document_keeps_every_target_and_loses_context_alone(model):
+    (document,) = documents(40)
+    total, count, _ = loss_and_gradient(model, pack([document], 16))
+    assert count == 39
+    expected = 0.0
+    for start in (0, 16, 32):  # each piece sees itself alone, at its own positions
+        piece = document[None, start : start + 16]
+        targets = np.full_like(piece, NO_TARGET)
+        following = document[start + 1 : start + 17]
+        targets[0, : len(following)] = following
+        positions = start + np.arange(piece.shape[1])[None]
+        log = jax.nn.log_softmax(model(piece, positions=positions))
+        expected -= sum(float(log[0, i, t]) for i, t in enumerate(targets[0]) if t != NO_TARGET)
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+def test_padding_costs_nothing(model):
+    packed = pack(documents(5), 16)
+    more = Batch(*(np.concatenate([field, np.full_like(field, -1 if i else 0)]) for i, field in enumerate(packed)))
+    assert loss_and_gradient(model, more)[:2] == pytest.approx(loss_and_gradient(model, packed)[:2])
+
+
+@pytest.mark.parametrize("max_bytes", [1, 4 * 2 * 50 * 3, 4 * 2 * 50 * 7, 2**26])
+def test_cross_entropy_in_stretches_is_log_softmax(max_bytes):
+    weight, hidden = (jax.random.normal(jax.random.fold_in(KEY, i), s) for i, s in enumerate([(8, 50), (2, 7, 8)]))
+    targets = jnp.array([[1, 2, NO_TARGET, 4, 49, 0, 3], [NO_TARGET] * 6 + [8]])
+
+    def ours(weight, hidden):
+        return cross_entropy(lambda x: x @ weight, hidden, targets, max_bytes=max_bytes)[0]
+
+    def dense(weight, hidden):
+        log = jax.nn.log_softmax(hidden @ weight)
+        picked = jnp.take_along_axis(log, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+        return -jnp.where(targets == NO_TARGET, 0, picked).sum()
+
+    assert int(cross_entropy(lambda x: x @ weight, hidden, targets, max_bytes=max_bytes)[1]) == 7
+    (a, da), (b, db) = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(weight, hidden) for f in (ours, dense))
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert_trees_close(db, da, 1e-6)
+
+
+def test_cross_entropy_is_stable_at_large_logits_and_float32_from_bfloat16():
+    hidden = jnp.array([[[1e4, -1e4], [-1e4, 1e4]]], jnp.bfloat16)
+    total, count = cross_entropy(lambda x: x, hidden, jnp.array([[0, 0]]))
+    assert total.dtype == jnp.float32
+    assert (float(total), int(count)) == (pytest.approx(2e4, rel=1e-2), 2)
+
+
+def test_the_whole_of_the_logits_never_exists():
+    weight, hidden = jnp.zeros((16, 5000)), jnp.zeros((2, 512, 16))
+    targets = jnp.zeros((2, 512), jnp.int32)
+
+    def loss(weight, hidden):
+        return cross_entropy(lambda x: x @ weight, hidden, targets, max_bytes=2**20)[0]
+
+    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(weight, hidden).compile().memory_analysis()
+    all_logits = 2 * 512 * 5000 * 4
+    assert memory.temp_size_in_bytes < all_logits / 3

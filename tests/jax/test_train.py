@@ -1,0 +1,354 @@
+"""The trainer: the arithmetic of its step, what it writes, and that nothing that kills it changes a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+
+from heddle.config import TrainingOptions
+from heddle.data.packing import NO_TARGET, Batch, Packer
+from heddle.jax.lm import lm
+from heddle.jax.metrics import read_metrics
+from heddle.jax.model import Transformer
+from heddle.jax.model_config import ModelConfig
+from heddle.jax.train import Trainer
+
+SEQ = 16
+
+
+class Bigram(nnx.Module):
+    """A model of one token after another: compiles in no time, and the trainer's mechanics are the same."""
+
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.embedding = nnx.Embed(31, 16, rngs=rngs)
+        self.layer, self.head = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 31, rngs=rngs)
+
+    def hidden(self, tokens, positions, segment_ids):
+        return jnp.tanh(self.layer(self.embedding(tokens)))
+
+
+def transformer(seed=0, **options):
+    config = ModelConfig(
+        vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Transformer(config, rngs=nnx.Rngs(seed), **options)
+
+
+def documents(epoch, cursor):
+    """Counting upwards from different numbers: easy to learn."""
+    random = np.random.default_rng(epoch)
+    lengths, starts = random.integers(1, 30, 40), random.integers(0, 31, 40)
+    for at in range(cursor or 0, 40):
+        yield (starts[at] + np.arange(lengths[at])) % 31, at + 1
+
+
+def packer(rows=4):
+    return Packer(documents, SEQ, rows, seed=1, window=200)
+
+
+def trainer(output, model=None, objective=lm, evaluation=(), **options):
+    defaults = {"steps": 12, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 0, "eval_every": 0}
+    options = TrainingOptions(**defaults | options)
+    model = model or Bigram(options.seed)
+    return Trainer(model, objective, packer(options.batch_size), options, output, evaluation)
+
+
+def records(output):
+    return read_metrics(output / "metrics.jsonl")
+
+
+def curve(output):
+    """What must not depend on how often a run was killed: everything but times."""
+    times = {"seconds", "tokens_per_second"}
+    return [{name: value for name, value in record.items() if name not in times} for record in records(output)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(tmp_path_factory):
+    """The same run is compiled again for each of its interruptions: keep what was compiled, in this process alone."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for settings in (options, before):
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if settings is options:
+            yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    trained = whole_run(tmp_path_factory.mktemp("uninterrupted"))
+    trained.fit()
+    return trained
+
+
+# ---------------------------------------------------------------------- the step
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
+    """1 x 8 = 4 x 2 rows, although the parts hold unequal numbers of tokens."""
+    whole = trainer(tmp_path, batch_size=8, clip=None)
+    batch = next(iter(packer(8)))
+    # Some parts lose most of their targets.
+    batch = batch._replace(targets=np.where(np.arange(8)[:, None] < 3, NO_TARGET, batch.targets))
+
+    def step(accumulation):
+        parts = Batch(*(field.reshape(accumulation, -1, SEQ) for field in batch))
+        state, record = jax.jit(whole._step)(replace(whole.state, data=None), parts)
+        return state.optimizer[1][0].mu, {name: float(value) for name, value in record.items()}
+
+    moments, record = step(1)  # the optimiser's first moment: 1 - beta1 times the gradient
+    for accumulation in (2, 4):
+        other_moments, other = step(accumulation)
+        assert other == pytest.approx(record, rel=1e-5)
+        for a, b in zip(jax.tree.leaves(moments), jax.tree.leaves(other_moments), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()))
+
+    graph, params = nnx.split(whole.model)
+    row_by_row = jax.jit(jax.value_and_grad(lambda p, row: lm(nnx.merge(graph, p), row, None)[:2], has_aux=True))
+    sums = [row_by_row(params, row) for row in (Batch(*(field[i : i + 1] for field in batch)) for i in range(8))]
+    tokens = sum(int(count) for (_, count), _ in sums)
+    assert record["tokens"] == tokens == (batch.targets != NO_TARGET).sum()
+    assert record["loss"] == pytest.approx(sum(float(total) for (total, _), _ in sums) / tokens, rel=1e-5)
+    gradient = jax.tree.map(lambda *parts: sum(parts) / tokens, *(gradient for _, gradient in sums))
+    for a, b in zip(jax.tree.leaves(moments), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, 0.1 * b, atol=1e-5 * float(jnp.abs(a).max()))
+
+
+def test_training_learns_and_the_module_handed_in_is_the_one_trained(uninterrupted, tmp_path):
+    losses = [r["loss"] for r in records(uninterrupted.output) if "loss" in r]
+    assert losses[-1] < losses[0] - 0.3
+    held_out = [r["eval_loss"] for r in records(uninterrupted.output) if "eval_loss" in r]
+    assert len(held_out) == 3
+    assert held_out == sorted(held_out, reverse=True)
+    assert uninterrupted.evaluate()["eval_loss"] == held_out[-1]
+    same = trainer(tmp_path, uninterrupted.model, evaluation=uninterrupted._evaluation)
+    assert same.evaluate()["eval_loss"] == held_out[-1]
+
+
+def test_parameters_stay_float32_when_computing_in_bfloat16(tmp_path):
+    mixed = trainer(tmp_path, transformer(dtype=jnp.bfloat16, param_dtype=jnp.float32, remat=True), steps=1)
+    plain = trainer(tmp_path, transformer(), evaluation=list(islice(packer(), 1)))
+    mixed.fit()
+    for leaf in jax.tree.leaves((mixed.state.model, mixed.state.optimizer[1][0].mu)):
+        assert leaf.dtype == jnp.float32
+    (record,), expected = records(tmp_path), plain.evaluate()["eval_loss"]
+    assert record["loss"] != expected
+    assert record["loss"] == pytest.approx(expected, rel=1e-2)
+
+
+def test_objectives_may_measure_more(tmp_path):
+    def objective(model, batch, rng):
+        total, count, _ = lm(model, batch, rng)
+        return total, count, {"places": jnp.asarray(batch.tokens.size, jnp.float32), "noise": jax.random.normal(rng)}
+
+    trained = trainer(tmp_path, objective=objective, steps=3, accumulation=2, evaluation=list(islice(packer(), 2)))
+    trained.fit()
+    first, second, third = records(tmp_path)
+    assert first["places"] == pytest.approx(4 * SEQ / first["tokens"])
+    # Another key each step.
+    assert len({r["noise"] * r["tokens"] for r in (first, second, third)}) == 3
+    assert set(trained.evaluate()) == {"eval_loss", "eval_tokens", "eval_places", "eval_noise"}
+
+
+# ---------------------------------------------------------------------- what is not finite
+
+
+def poisoned(bad_steps):
+    """The lm objective, but not finite on the batches of some steps."""
+    batches = list(islice(packer(), max(bad_steps)))
+    marks = jnp.array([np.sum(batches[step - 1].tokens) for step in sorted(bad_steps)])
+
+    def objective(model, batch, rng):
+        total, count, metrics = lm(model, batch, rng)
+        return jnp.where((batch.tokens.sum() == marks).any(), jnp.nan, 1.0) * total, count, metrics
+
+    return objective
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
+    trained = trainer(tmp_path, objective=poisoned({3, 4}), steps=6, max_nonfinite=3)
+    trained.fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line.get("skipped")] == [3, 4]
+    assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(trained.state.model))
+    assert int(trained.state.nonfinite) == 0
+    assert int(trained.state.step) == 6
+    # The two steps changed nothing: the optimiser counted four.
+    assert int(trained.state.optimizer[1][0].count) == 4
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
+    broken = trainer(tmp_path, objective=poisoned({2, 4, 5}), steps=9, max_nonfinite=2)
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row had no finite .* the last one step 5") as error:
+        broken.fit()
+    saved = np.load(tmp_path / "nonfinite-5.npz")
+    assert str(tmp_path / "nonfinite-5.npz") in str(error.value)
+    np.testing.assert_array_equal(saved["tokens"], list(islice(packer(), 5))[4].tokens)
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+# ---------------------------------------------------------------------- resume
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(step):
+    def report(record):
+        if record["step"] == step:
+            raise Crash
+
+    return report
+
+
+def whole_run(output, **options):
+    """The run of ``uninterrupted``, in another folder."""
+    options = {"eval_every": 4, "checkpoint_every": 3, "accumulation": 2} | options
+    return trainer(output, evaluation=list(islice(packer(), 2)), **options)
+
+
+def test_a_run_that_crashed_goes_on_as_if_it_had_not(tmp_path, uninterrupted):
+    for step in (2, 4, 8, 12):  # before the first checkpoint, right after one, at an evaluation, at the last step
+        with pytest.raises(Crash):
+            whole_run(tmp_path).fit(crash_at(step))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')  # killed while writing
+    resumed = whole_run(tmp_path)
+    resumed.fit()
+    assert curve(tmp_path) == curve(uninterrupted.output)
+    for a, b in zip(jax.tree.leaves(resumed.state), jax.tree.leaves(uninterrupted.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_that_is_done_stays_as_it_is(uninterrupted):
+    before = (uninterrupted.output / "metrics.jsonl").read_text()
+    seen = []
+    resumed = whole_run(uninterrupted.output)
+    resumed.fit(seen.append)
+    assert seen == []
+    assert (uninterrupted.output / "metrics.jsonl").read_text() == before
+    assert resumed.evaluate() == uninterrupted.evaluate()
+
+
+def test_the_last_checkpoints_are_kept(uninterrupted):
+    assert sorted(p.name for p in (uninterrupted.output / "checkpoints").iterdir()) == ["12", "9"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_returns(tmp_path, uninterrupted, number):
+    handlers = signal.getsignal(number)
+
+    def report(record):
+        if record["step"] == 4 and "loss" in record:
+            signal.raise_signal(number)
+
+    stopped = whole_run(tmp_path)
+    stopped.fit(report)
+    assert stopped.stopped_by == number
+    assert signal.getsignal(number) is handlers
+    done = int(stopped.state.step)
+    assert 4 <= done <= 6
+    assert (tmp_path / "checkpoints" / str(done)).is_dir()
+    resumed = whole_run(tmp_path)
+    resumed.fit()
+    assert resumed.stopped_by is None
+    assert curve(tmp_path) == curve(uninterrupted.output)
+
+
+def test_a_checkpoint_of_another_model_is_refused(uninterrupted):
+    other = trainer(uninterrupted.output, optimizer="lion")
+    with pytest.raises(ValueError, match="holds a checkpoint of another model or optimiser: optimizer"):
+        other.fit()
+
+
+def test_data_must_come_in_the_batches_the_options_say(tmp_path):
+    with pytest.raises(ValueError, match="data must come in batches of 8 rows, got 4"):
+        Trainer(Bigram(0), lm, packer(4), TrainingOptions(batch_size=8), tmp_path)
+
+
+def test_finite_data_end_the_run_with_a_checkpoint(tmp_path):
+    short = trainer(tmp_path, steps=100)
+    short._data = Packer(documents, SEQ, 4, seed=1, window=200, epochs=1)
+    short.fit()
+    steps = len(list(Packer(documents, SEQ, 4, seed=1, window=200, epochs=1)))
+    assert int(short.state.step) == len(records(tmp_path)) == steps
+    assert (tmp_path / "checkpoints" / str(steps)).is_dir()
+
+
+# ---------------------------------------------------------------------- kill -9
+
+
+def start(output):
+    """This run in a process of its own, with a pause after each step so that it can be killed at a chosen one."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    return subprocess.Popen([sys.executable, __file__, str(output)], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def kill(process, when, patience=120.0):
+    end = time.monotonic() + patience
+    while not when():
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"the run ended before it could be killed:\n{process.communicate()[1]}")
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def has_step(output, step):
+    return lambda: f'"step": {step},' in (output / "metrics.jsonl").read_text() if output.exists() else False
+
+
+def test_kill_9_at_any_step_changes_nothing(tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").touch()
+    for step in (2, 8):
+        kill(start(output), has_step(output, step))
+    whole_run(output).fit()
+    assert curve(output) == curve(uninterrupted.output)
+
+
+def test_kill_9_while_a_checkpoint_is_written_changes_nothing(tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    checkpoints = output / "checkpoints"
+
+    def half_written():
+        return checkpoints.exists() and [p for p in checkpoints.iterdir() if not p.name.isdigit()]
+
+    for _ in range(5):  # the kill may come just too late
+        kill(start(output), half_written)
+        if half_written():
+            break
+    assert half_written()
+    whole_run(output).fit()
+    assert not half_written()
+    assert curve(output) == curve(uninterrupted.output)
+
+
+if __name__ == "__main__":
+    whole_run(Path(sys.argv[1])).fit(lambda record: time.sleep(0.05))
