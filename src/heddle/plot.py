@@ -340,9 +340,10 @@ table {{ border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabul
 th, td {{ padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--edge); text-align: left }}
 td.number, th.number {{ text-align: right }}
 .note {{ color: var(--quiet); font-size: .92rem }}
-.figures {{ display: flex; flex-wrap: wrap; gap: .7rem; list-style: none; margin: .9rem 0; padding: 0 }}
+.figures {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .7rem; list-style: none;
+  margin: .9rem 0; padding: 0 }}
 .figures li {{ background: var(--panel); border: 1px solid var(--edge); border-radius: 8px; padding: .55rem .95rem;
-  color: var(--quiet); font-size: .88rem; min-width: 9rem }}
+  color: var(--quiet); font-size: .88rem; line-height: 1.4 }}
 .figures b {{ display: block; color: var(--ink); font-size: 1.35rem; line-height: 1.35;
   font-variant-numeric: tabular-nums }}
 figure.plot {{ margin: 1.2rem 0 }}
@@ -367,7 +368,7 @@ def _axis(name: str, log: bool) -> dict[str, Any]:
         "linecolor": GRID,
         "automargin": True,
     }
-    return axis | ({"type": "log"} if log else {})
+    return axis | ({"type": "log", "exponentformat": "e"} if log else {})
 
 
 def _axes(figure: Any, title: str, x: str, y: str) -> Any:
