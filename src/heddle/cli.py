@@ -90,6 +90,29 @@ def quickstart(
     quickstart.run(out, fast)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    context: typer.Context,
+    config: str | None = typer.Option(None, help="A YAML file, such as configs/quickstart.yaml.", envvar="CONFIG_FILE"),
+    print_config: bool = typer.Option(False, "--print-config", help="Print the resolved configuration and leave."),
+) -> None:
+    """Train a model on a corpus, or go on with a run where it stands.
+
+    Options of the configuration follow as key=value; --print-config lists them all. SIGTERM and Ctrl-C save and leave.
+
+    Example: heddle train --config configs/quickstart.yaml training.steps=500 output=runs/longer
+    """
+    from heddle.config import load_config
+
+    settings = load_config(config, context.args)
+    if print_config:
+        print(settings.to_yaml(), end="")
+        return
+    from heddle.jax import run
+
+    raise typer.Exit(run.show(settings))
+
+
 @app.command()
 def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to answer; may be repeated.")] = None,
