@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from heddle import Mask, attend
+from heddle.attention import balance
 
 
 def segments(*lengths: int, padding: int = 0, ids=None) -> np.ndarray:
@@ -87,6 +88,27 @@ def _ragged(q_len: int, *lengths: int) -> Mask:
     return Mask.lengths(np.array(lengths, np.int32), q_len)
 
 
+def _both_ways() -> Mask:
+    return Mask.documents(segments(31, 14, 20, padding=10), causal=False)
+
+
+def _chunk() -> Mask:
+    return Mask.documents(segments(20, 50, 26)).take(np.arange(40, 70))
+
+
+def _rank(rank: int, ranks: int, area: bool = False) -> Mask:
+    mask = Mask.documents(segments(40, 33, 15, padding=8))
+    order = balance.by_area(mask, ranks, chunk=8) if area else balance.zigzag(96, ranks)
+    return mask.take(np.split(order, ranks)[rank])
+
+
+def _gaps(q_len: int, prefix: int = 0) -> Mask:
+    """Every third query sees nothing, and the last twenty."""
+    mask = Mask.window(q_len, 10, prefix=prefix)
+    sees = (np.arange(q_len) % 3 > 0) & (np.arange(q_len) < q_len - 20)
+    return Mask(np.asarray(mask.start), np.where(sees, mask.stop, 0), prefix)
+
+
 CASES = [
     Case("one query one key", 1, 1),
     Case("full", 33, 33),
@@ -145,5 +167,29 @@ CASES = [
     Case("value dim smaller", 50, 50, lambda: Mask.causal(50, 50), dim=32, value_dim=8),
     Case("value dim larger", 50, 50, lambda: Mask.documents(segments(20, 30)), dim=16, value_dim=40, heads=4),
     Case("scale one", 40, 40, lambda: Mask.causal(40, 40), scale=1.0),
+    Case("head dim 32 grouped", 45, 45, lambda: Mask.window(45, 20), dim=32, heads=6, kv_heads=2),
+    Case("head dim 48", 35, 50, lambda: Mask.causal(35, 50, 15), dim=48),
+    Case("head dim 96 documents", 48, 48, lambda: Mask.documents(segments(17, 20, padding=11)), dim=96),
+    Case("head dim 192 value dim 128", 33, 33, lambda: Mask.causal(33), dim=192, value_dim=128),
+    Case("head dim 17 value dim 33", 37, 37, lambda: Mask.window(37, 9), dim=17, value_dim=33, heads=4),
+    Case("head dim 256 multi-query", 20, 30, dim=256, heads=4, kv_heads=1),
+    Case("one query of a window", 1, 90, lambda: Mask.window(1, 20, 90, 70), heads=4, kv_heads=2),
+    Case("one query and a prefix", 1, 80, lambda: Mask.window(1, 8, 80, 79, prefix=5), heads=4, kv_heads=1),
+    Case("one query of head dim 80", 1, 65, lambda: _ragged(1, 65, 33), batch=2, dim=80, value_dim=40),
+    Case("three queries of ragged caches", 3, 70, lambda: _ragged(3, 70, 2, 41), batch=3, heads=8, kv_heads=2),
+    Case("many queries one key", 40, 1),
+    Case("one tile and a row", 129, 65, lambda: Mask.causal(129, 65)),
+    Case("one row short of a tile", 127, 127, lambda: Mask.documents(segments(63, 64)), heads=1, kv_heads=1),
+    Case("one document and padding", 90, 90, lambda: Mask.documents(segments(70, padding=20)), heads=4, kv_heads=2),
+    Case("left padded", 50, 50, lambda: Mask.documents(np.repeat([[-1, 0]], [13, 37], axis=1)), batch=2),
+    Case("padding between documents", 66, 66, lambda: Mask.documents(np.repeat([[5, -1, 2]], [20, 16, 30], axis=1))),
+    Case("three documents both ways with padding", 75, 75, _both_ways, heads=6, kv_heads=3),
+    Case("chunk of packed documents", 30, 96, _chunk, heads=4, kv_heads=2),
+    Case("permuted by zigzag", 48, 96, lambda: _rank(1, 2), heads=4, kv_heads=2),
+    Case("permuted by area", 32, 96, lambda: _rank(2, 3, area=True)),
+    Case("empty rows among others", 60, 60, lambda: _gaps(60), heads=4, kv_heads=1),
+    Case("empty rows and a prefix", 60, 70, lambda: _gaps(60, prefix=6), batch=2),
+    Case("keys that nobody sees", 40, 100, lambda: Mask(np.full((1, 40), 30), np.full((1, 40), 55))),
+    Case("one mask for a batch", 40, 40, lambda: Mask.window(40, 12, prefix=3), batch=3),
 ]
 IDS = [case.name.replace(" ", "-") for case in CASES]

@@ -344,3 +344,21 @@ for got, want in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(segme
     torch.testing.assert_close(got, want)
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_what_follows_from_a_mask_is_computed_once():
+    """So that all layers share it; but not inside of a trace, which ends with its arrays."""
+    mask, q = Mask.causal(6), torch.zeros(1)
+    assert mask.on(mask.start) is mask
+    assert mask.on(q) is mask.on(q)
+    assert mask.on(q).on(q) is mask.on(q)
+    assert mask.tiles(2, 2, 6) is mask.tiles(2, 2, 6)
+    assert mask.tiles(2, 2, 6) is not mask.tiles(2, 4, 6)
+    with torch.inference_mode():
+        mask.on(q).tiles(2, 2, 6)
+    assert not mask.on(q).tiles(2, 2, 6).rows.lo.is_inference()
+    jitted = jax.jit(lambda x: x + mask.on(x).tiles(2, 2, 6).rows.lo.sum())
+    assert int(jitted(jnp.zeros((), jnp.int32))) == int(jitted(jnp.ones((), jnp.int32))) - 1
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert isinstance(mask.on(mode.from_tensor(torch.zeros(1, device="cpu"))).start, torch.Tensor)
+    assert type(mask.on(q).start) is torch.Tensor

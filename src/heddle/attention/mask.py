@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import operator
 import sys
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,6 +25,8 @@ from .arrays import (
     to_numpy,
 )
 from .tiles import Tiles, tiles
+
+T = TypeVar("T")
 
 PADDING_SEGMENT_ID = -1  #: the segment id of tokens that are padding
 
@@ -236,8 +240,16 @@ class Mask:
         )
 
     def on(self, array: Array) -> Mask:
-        """This mask in the framework and on the device of ``array``."""
-        return Mask(asarray_like(self.start, array), asarray_like(self.stop, array), self.prefix)
+        """This mask in the framework and on the device of ``array``: itself, if it is there already."""
+        target = framework(array)
+        device = array.device if target == "torch" else None
+        if framework(self.start) == target and (device is None or self.start.device == device):
+            return self
+        return self.keep(
+            ("on", target, device),
+            lambda: Mask(asarray_like(self.start, array), asarray_like(self.stop, array), self.prefix),
+            lambda mask: mask.start,
+        )
 
     def take(self, rows: Int[Array, " n"]) -> Mask:
         """The mask of the queries ``rows``, in that order; keys stay as they are (context parallelism)."""
@@ -266,7 +278,30 @@ class Mask:
         """
         for name, value in (("block_q", block_q), ("block_k", block_k), ("kv_len", kv_len)):
             _check_count(name, value)
-        return tiles(self.start, self.stop, self.prefix, block_q, block_k, kv_len)
+        return self.keep(
+            ("tiles", block_q, block_k, kv_len),
+            lambda: tiles(self.start, self.stop, self.prefix, block_q, block_k, kv_len),
+            lambda found: found.rows.lo,
+        )
+
+    def keep(self, name: Hashable, compute: Callable[[], T], array: Callable[[T], Array]) -> T:
+        """``compute()``, once: what follows from a mask is kept with it, so that all layers share the work.
+
+        Not what a trace gives (jit, compile), which ends with it, nor JAX arrays, which may be traced at any time;
+        ``array`` picks one of the result's, to tell. Whoever writes to ``start`` or ``stop`` makes a new mask.
+        """
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.compiler.is_compiling():
+            return compute()
+        name = (name, torch is not None and torch.is_inference_mode_enabled())  # whose tensors serve no gradient
+        kept = self.__dict__.get("_kept", {})
+        if name not in kept:
+            result = compute()
+            if framework(array(result)) == "jax" or not is_concrete(array(result)):
+                return result
+            object.__setattr__(self, "_kept", kept | {name: result})
+            return result
+        return kept[name]
 
     def coverage(self, block_q: int, block_k: int, kv_len: int) -> Float[np.ndarray, "rows q_tiles k_tiles"]:
         """The share of visible pairs in each tile (0 empty, 1 full), for pictures. O(q_len * kv_len / block_k)."""

@@ -58,9 +58,9 @@ def _visit_queries(
 def backward_kv(
     q, k, v, start, stop, schedule, d_out, lse, row_delta,  # inputs
     d_k, d_v,  # outputs
-    q_len, kv_len, k_tiles, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+    q_len, kv_len, mask_rows, k_tiles, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, PREFIX: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PREFIX: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +70,7 @@ def backward_kv(
     """
     kv_head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    mask_row = batch if MASK_ROWS > 1 else 0
+    mask_row = tl.where(mask_rows > 1, batch, 0)
     schedule += mask_row * k_tiles
     tile = tl.load(schedule + tl.program_id(0))
     keys = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -89,7 +89,7 @@ def backward_kv(
     )
     start += mask_row * q_len
     stop += mask_row * q_len
-    lo, full_lo, full_hi, hi = tile_bounds(schedule, tile, MASK_ROWS * k_tiles)
+    lo, full_lo, full_hi, hi = tile_bounds(schedule, tile, mask_rows * k_tiles)
 
     d_k_tile = tl.zeros([BLOCK_K, BLOCK_DIM], tl.float32)
     d_v_tile = tl.zeros([BLOCK_K, BLOCK_VALUE_DIM], tl.float32)
@@ -142,9 +142,9 @@ def _visit_keys(
 def backward_q(
     q, k, v, start, stop, schedule, d_out, lse, row_delta,  # inputs
     d_q,  # output
-    q_len, kv_len, q_tiles, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+    q_len, kv_len, mask_rows, q_tiles, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr,
     PREFIX: tl.constexpr, PREFIX_TILES: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -152,7 +152,7 @@ def backward_q(
     """dQ of one tile of queries. Grid and schedule as the forward's."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    mask_row = batch if MASK_ROWS > 1 else 0
+    mask_row = tl.where(mask_rows > 1, batch, 0)
     schedule += mask_row * q_tiles
     tile = tl.load(schedule + tl.program_id(0))
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -175,7 +175,7 @@ def backward_q(
     k += batch * k_batch + (head // GROUP).to(tl.int64) * k_head
     v += batch * v_batch + (head // GROUP).to(tl.int64) * v_head
 
-    lo, full_lo, full_hi, hi = tile_bounds(schedule, tile, MASK_ROWS * q_tiles)
+    lo, full_lo, full_hi, hi = tile_bounds(schedule, tile, mask_rows * q_tiles)
     partial = PREFIX_TILES + (full_lo - lo) + (hi - full_hi)
     d_q_tile = tl.zeros([BLOCK_Q, BLOCK_DIM], tl.float32)
     d_q_tile = _visit_keys(

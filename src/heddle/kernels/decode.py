@@ -11,9 +11,9 @@ from .forward import load_rows, store_rows, visible
 def decode(
     q, k, v, start, stop,  # inputs
     part_out, part_lse,  # outputs
-    q_len, kv_len, split, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+    q_len, kv_len, mask_rows, split, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr, PREFIX: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PREFIX: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -26,7 +26,7 @@ def decode(
     part = tl.program_id(0)
     kv_head = tl.program_id(1) % kv_heads
     batch = tl.program_id(2).to(tl.int64)
-    mask_row = batch if MASK_ROWS > 1 else 0
+    mask_row = tl.where(mask_rows > 1, batch, 0)
     rows = (tl.program_id(1) // kv_heads) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     query, head = rows // GROUP, kv_head * GROUP + rows % GROUP
     in_range = rows < q_len * GROUP
@@ -77,12 +77,12 @@ def decode(
 def combine(
     part_out, part_lse,  # inputs
     out, lse,  # outputs
-    rows, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
+    rows, splits, BLOCK_SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """The splits' merge for one row (a query and head): grid (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     parts, dims = tl.arange(0, BLOCK_SPLITS), tl.arange(0, BLOCK_VALUE_DIM)
-    lses = tl.load(part_lse + parts * rows + row, mask=parts < SPLITS, other=float("-inf"))
+    lses = tl.load(part_lse + parts * rows + row, mask=parts < splits, other=float("-inf"))
     highest = tl.max(lses, 0)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
     weights = tl.exp(lses - reference)
@@ -90,7 +90,7 @@ def combine(
     safe = tl.where(total == 0.0, 1.0, total)
     outs = tl.load(
         part_out + (parts[:, None] * rows + row) * VALUE_DIM + dims[None, :],
-        mask=(parts[:, None] < SPLITS) & (dims[None, :] < VALUE_DIM),
+        mask=(parts[:, None] < splits) & (dims[None, :] < VALUE_DIM),
         other=0.0,
     )
     merged = tl.sum(outs * (weights / safe)[:, None], 0)

@@ -95,9 +95,9 @@ def _visit(
 def forward(
     q, k, v, start, stop, schedule,  # inputs
     out, lse,  # outputs
-    q_len, kv_len, q_tiles, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
+    q_len, kv_len, mask_rows, q_tiles, q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     scale: tl.constexpr,  # times log2(e)
-    HEADS: tl.constexpr, GROUP: tl.constexpr, MASK_ROWS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr,
     PREFIX: tl.constexpr, PREFIX_TILES: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_VALUE_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,7 +109,7 @@ def forward(
     """
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    mask_row = batch if MASK_ROWS > 1 else 0
+    mask_row = tl.where(mask_rows > 1, batch, 0)
     schedule += mask_row * q_tiles
     tile = tl.load(schedule + tl.program_id(0))
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -127,7 +127,7 @@ def forward(
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
 
-    lo, full_lo, full_hi, hi = tile_bounds(schedule, tile, MASK_ROWS * q_tiles)
+    lo, full_lo, full_hi, hi = tile_bounds(schedule, tile, mask_rows * q_tiles)
     partial = PREFIX_TILES + (full_lo - lo) + (hi - full_hi)
     acc, highest, total = _visit(
         acc, highest, total, q_tile, k, v, first, last, kv_len, k_stride, v_stride, scale,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import backward, decode, forward
@@ -18,8 +23,10 @@ class Tile(NamedTuple):
     num_stages: int
 
 
+Table = dict[int, dict[str, dict[int, Tile]]]
+
 #: Starting points by compute capability (the largest not above the device's), kernel, and padded head dim (up to).
-TILES: dict[int, dict[str, dict[int, Tile]]] = {
+TILES: Table = {
     80: {
         "forward": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 4, 2)},
         "backward_kv": {64: Tile(64, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 64, 8, 1)},
@@ -35,11 +42,87 @@ TILES: dict[int, dict[str, dict[int, Tile]]] = {
 }
 
 
+KERNELS = ("forward", "backward_kv", "backward_q", "decode")
+_overrides: dict[str, Tile] = {}
+
+
 def tile(kernel: str, dim: int, value_dim: int, itemsize: int, capability: int) -> Tile:
-    """The table's tile for a kernel; float32 takes half the keys, as its elements are twice as large."""
-    table = TILES[max(c for c in TILES if c <= max(capability, min(TILES)))][kernel]
-    chosen = table[min(d for d in table if d >= min(padded(max(dim, value_dim)), max(table)))]
+    """The tile for a kernel: that of :func:`override`, the tuned one, or TILES's starting point.
+
+    float32 takes half the keys of the tables' (which are for two bytes), as its elements are twice as large.
+    """
+    if kernel in _overrides:
+        return _overrides[kernel]
+    width = padded(max(dim, value_dim))
+    chosen = TUNED.get(capability, {}).get(kernel, {}).get(width)
+    if chosen is None:
+        table = TILES[max(c for c in TILES if c <= max(capability, min(TILES)))][kernel]
+        chosen = table[min(d for d in table if d >= min(width, max(table)))]
     return chosen._replace(block_k=max(16, chosen.block_k // 2)) if itemsize == 4 else chosen
+
+
+@contextmanager
+def override(**tiles: Tile) -> Iterator[None]:
+    """``with override(forward=Tile(64, 64, 4, 2)):`` takes these tiles for what runs, or is traced, inside.
+
+    A backward takes the tiles that were chosen at its forward. For the whole process, not for one thread.
+
+    Raises:
+        ValueError: no such kernel, or a tile that can't be.
+    """
+    global _overrides
+    for kernel, block in tiles.items():
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
+        _check(kernel, block)
+    before = _overrides
+    _overrides = before | tiles
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
+def _check(kernel: str, block: Tile) -> None:
+    sizes, warps = (block.block_q, block.block_k), block.num_warps
+    if any(n < 16 or n & (n - 1) for n in sizes) or warps not in (1, 2, 4, 8, 16) or block.num_stages < 1:
+        raise ValueError(
+            f"the tile of {kernel} must be (block_q, block_k, num_warps, num_stages): powers of two from 16 on, "
+            f"a power of two up to 16, and at least 1; got {tuple(block)}"
+        )
+
+
+def tuned_path() -> Path:
+    """Where ``heddle bench tune`` writes: ``$HEDDLE_TILES``, by default ``heddle/tiles.json`` in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HEDDLE_TILES") or Path(cache) / "heddle" / "tiles.json")
+
+
+def read_tuned(path: Path) -> Table:
+    """A table of tuned tiles: ``{"90": {"forward": {"128": [128, 128, 8, 2]}}}`` by capability, kernel, head dim.
+
+    Raises:
+        ValueError: a file that isn't such a table.
+    """
+    try:
+        table = {
+            int(capability): {
+                kernel: {int(dim): Tile(*map(int, block)) for dim, block in by_dim.items()}
+                for kernel, by_dim in kernels.items()
+            }
+            for capability, kernels in json.loads(path.read_text()).items()
+        }
+        for kernels in table.values():
+            for kernel, by_dim in kernels.items():
+                for block in by_dim.values():
+                    _check(kernel, block)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} must be a table of tiles as heddle bench tune writes it: {error}") from error
+    return table
+
+
+# Read when kernels are first planned, once: torch.compile could not follow a file being read.
+TUNED: Table = read_tuned(tuned_path()) if tuned_path().is_file() else {}
 
 
 def padded(dim: int) -> int:
@@ -69,7 +152,6 @@ class Problem:
             "scale": self.scale * math.log2(math.e),
             "HEADS": self.heads,
             "GROUP": self.heads // self.kv_heads,
-            "MASK_ROWS": self.mask_rows,
             "PREFIX": self.prefix,
             "DIM": self.dim,
             "VALUE_DIM": self.value_dim,
@@ -83,7 +165,8 @@ class Problem:
     def _integers(self, tiles: dict[str, int]) -> dict[str, int]:
         names = [f"{array}_{axis}" for array in "qkv" for axis in ("batch", "stride", "head")]
         strides = [stride for array in self.strides for stride in array]
-        return {"q_len": self.q_len, "kv_len": self.kv_len, **tiles, **dict(zip(names, strides, strict=True))}
+        lengths = {"q_len": self.q_len, "kv_len": self.kv_len, "mask_rows": self.mask_rows}
+        return {**lengths, **tiles, **dict(zip(names, strides, strict=True))}
 
 
 class Launch(NamedTuple):
@@ -164,7 +247,7 @@ def plan_decode(problem: Problem, block: Tile, programs: int) -> tuple[Launch, L
         (splits, row_tiles * p.kv_heads, p.batch),
         (("float32", (*part, p.value_dim)), ("float32", part)),
         p._integers({"split": split}),
-        p._constants(block) | {"BLOCK_ROWS": block.block_q, "SPLITS": splits},
+        p._constants(block) | {"BLOCK_ROWS": block.block_q},
         block.num_warps,
         block.num_stages,
     )
@@ -172,9 +255,8 @@ def plan_decode(problem: Problem, block: Tile, programs: int) -> tuple[Launch, L
         decode.combine,
         (rows,),
         (("query", (p.batch, p.q_len, p.heads, p.value_dim)), ("float32", (p.batch, p.q_len, p.heads))),
-        {"rows": rows},
+        {"rows": rows, "splits": splits},
         {
-            "SPLITS": splits,
             "BLOCK_SPLITS": max(2, 1 << (splits - 1).bit_length()),
             "VALUE_DIM": p.value_dim,
             "BLOCK_VALUE_DIM": padded(p.value_dim),

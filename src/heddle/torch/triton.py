@@ -12,13 +12,14 @@ from torch import Tensor
 from heddle.attention.mask import Mask
 from heddle.attention.tiles import schedule
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  #: kernels run on CPU tensors, slowly, for tests
 DECODE_ROWS = 16  #: query rows of a KV head, at most, that are served by splitting the keys
 MAX_DIM = 256
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not INSTALLED:
         return "the triton package is not installed"
     device, dtype = query.device.type, query.dtype
     if device != "cuda" and not INTERPRETED:
@@ -33,44 +34,56 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> str | 
     return None
 
 
-def flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    scale: float,
-    tiles: dict[str, tuple[int, int, int, int]] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention by the Triton kernels: out ``(batch, q_len, heads, value_dim)`` and lse ``(batch, q_len, heads)``.
-
-    ``tiles`` overrides the plan for ``forward``, ``backward_kv``, ``backward_q`` or ``decode``:
-    ``(block_q, block_k, num_warps, num_stages)``. Results repeat bit for bit: no kernel uses atomics.
-    """
-    from heddle.kernels import plan
-
+def flash(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention by the Triton kernels, tiles by :mod:`heddle.kernels.plan`. No atomics: results repeat bit for bit."""
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    start, stop = (bound.to(torch.int32).contiguous() for bound in (mask.start, mask.stop))
+    start, stop = _bounds(mask)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if query.shape[1] * (query.shape[2] // key.shape[2]) <= DECODE_ROWS and not needs_grad:
-        block = _tile("decode", query, value, tiles)
-        return _decode(query, key, value, start, stop, mask.prefix, scale, block)
-    of = {name: plan.Tile(*_tile(name, query, value, tiles)) for name in ("forward", "backward_kv", "backward_q")}
-    kv_len = key.shape[1]
-    schedules = [
-        schedule(mask.tiles(of["forward"].block_q, of["forward"].block_k, kv_len).rows),
-        schedule(mask.tiles(of["backward_kv"].block_q, of["backward_kv"].block_k, kv_len).columns),
-        schedule(mask.tiles(of["backward_q"].block_q, of["backward_q"].block_k, kv_len).rows),
-    ]
-    blocks = [number for block in of.values() for number in block]
-    return _flash(query, key, value, start, stop, *schedules, mask.prefix, scale, blocks)
+        return _decode(query, key, value, start, stop, mask.prefix, scale, _tile("decode", query, value))
+    tiles = [_tile(name, query, value) for name in ("forward", "backward_kv", "backward_q")]
+    schedules = _schedules(mask, tiles, key.shape[1])
+    return _flash(query, key, value, start, stop, *schedules, mask.prefix, scale, [n for tile in tiles for n in tile])
 
 
-def _tile(kernel: str, query: Tensor, value: Tensor, overrides: dict[str, Any] | None) -> list[int]:
+def flash_backward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float,
+    out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv; out and lse may be over more keys than these."""
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    tiles = [_tile(name, query, value) for name in ("forward", "backward_kv", "backward_q")]
+    _, *schedules = _schedules(mask, tiles, key.shape[1])
+    numbers = [n for tile in tiles for n in tile]
+    arrays = (query, key, value, out.contiguous(), lse.contiguous(), *_bounds(mask), *schedules)
+    return _flash_backward(d_out, d_lse, *arrays, mask.prefix, scale, numbers)
+
+
+def _bounds(mask: Mask) -> tuple[Tensor, Tensor]:
+    return tuple(bound.to(torch.int32).contiguous() for bound in (mask.start, mask.stop))  # type: ignore[return-value]
+
+
+def _schedules(mask: Mask, tiles: list[list[int]], kv_len: int) -> list[Tensor]:
+    """What the forward, dK/dV and dQ kernels visit, shared by the layers."""
+    sizes = tuple((block_q, block_k) for block_q, block_k, *_ in tiles)
+
+    def compute() -> list[Tensor]:
+        forward, backward_kv, backward_q = (mask.tiles(*size, kv_len) for size in sizes)
+        return [schedule(forward.rows), schedule(backward_kv.columns), schedule(backward_q.rows)]
+
+    return mask.keep(("schedules", sizes, kv_len), compute, lambda schedules: schedules[0])
+
+
+@torch.compiler.assume_constant_result
+def _capability(index: int) -> int:
+    return 10 * torch.cuda.get_device_capability(index)[0]
+
+
+def _tile(kernel: str, query: Tensor, value: Tensor) -> list[int]:
     from heddle.kernels import plan
 
-    if overrides and kernel in overrides:
-        return list(plan.Tile(*overrides[kernel]))
-    capability = 10 * torch.cuda.get_device_capability(query.device)[0] if query.device.type == "cuda" else 80
+    device = query.device
+    capability = _capability(device.index) if device.type == "cuda" else min(plan.TILES)
     return list(plan.tile(kernel, query.shape[3], value.shape[3], query.element_size(), capability))
 
 
