@@ -347,7 +347,7 @@ td.number, th.number {{ text-align: right }}
 .figures b {{ display: block; color: var(--ink); font-size: 1.35rem; line-height: 1.35;
   font-variant-numeric: tabular-nums }}
 figure.plot {{ margin: 1.2rem 0 }}
-.plot .infolayer text, .plot .legend text, .plot .xtick text, .plot .ytick text,
+.plot .infolayer text, .plot .legend text, .plot [class$="tick"] text,
 .plot .bartext-outside {{ fill: var(--quiet) !important }}
 .plot .infolayer .g-gtitle text {{ fill: var(--ink) !important }}
 """

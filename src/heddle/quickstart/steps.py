@@ -212,7 +212,7 @@ def pack(report: Report, display: Display, tokenizer: Any, fast: bool, summary: 
     report.picture("lengths", bars)
     drawn = Drawn(Mask.documents(shown.segment_ids), row_len, "The mask of one batch", shown.segment_ids)
     report.picture("mask", picture(drawn, 256, 256))
-    report.note("Of the batches, this is the one with the most files in its rows. Dark tiles need no elementwise test.")
+    report.note("Of the batches, this is the one with the most files in its rows. Full tiles need no elementwise test.")
 
 
 #: What --fast changes of configs/quickstart.yaml.
