@@ -31,13 +31,10 @@ def test_override_is_for_what_stands_inside():
     assert plan.tile("forward", 64, 64, 2, 90) == before
 
 
-@pytest.mark.parametrize(
-    "tiles",
-    [
-        {"forwards": Tile(16, 16, 4, 1)},
-        *({"forward": Tile(*t)} for t in [(24, 16, 4, 1), (8, 16, 4, 1), (16, 16, 3, 1), (16, 16, 4, 0)]),
-    ],
-)
+IMPOSSIBLE = [(24, 16, 4, 1), (8, 16, 4, 1), (16, 16, 3, 1), (16, 16, 4, 0)]
+
+
+@pytest.mark.parametrize("tiles", [{"forwards": Tile(16, 16, 4, 1)}, *({"forward": Tile(*t)} for t in IMPOSSIBLE)])
 def test_a_tile_that_cannot_be(tiles):
     with pytest.raises(ValueError, match=r"kernel must be one of|the tile of forward must be"), plan.override(**tiles):
         pass
@@ -46,26 +43,26 @@ def test_a_tile_that_cannot_be(tiles):
 def test_a_tuned_table_comes_before_the_starting_points(tmp_path):
     path = tmp_path / "tiles.json"
     path.write_text(json.dumps({"90": {"forward": {"128": [64, 32, 4, 1]}}}))
-    program = (
-        "from heddle.kernels import plan;"
-        "print(*plan.tile('forward', 128, 128, 2, 90), plan.tile('forward', 64, 64, 2, 90) == plan.TILES[90]['forward'][64])"
-    )
+    program = """if True:
+        from heddle.kernels.plan import TILES, tile
+        print(*tile("forward", 128, 128, 2, 90), tile("forward", 64, 64, 2, 90) == TILES[90]["forward"][64])
+    """
     done = subprocess.run(
         [sys.executable, "-c", program], env={"HEDDLE_TILES": str(path)}, capture_output=True, text=True, check=True
     )
     assert done.stdout == "64 32 4 1 True\n"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[]",
-        "{",
-        '{"90": {"forward": {"128": [64, 32]}}}',
-        '{"90": {"forwards": 3}}',
-        '{"90": {"forward": {"128": [7, 32, 4, 1]}}}',
-    ],
-)
+BROKEN = [
+    "[]",
+    "{",
+    '{"90": {"forward": {"128": [64, 32]}}}',
+    '{"90": {"f": 3}}',
+    '{"90": {"decode": {"64": [7, 32, 4, 1]}}}',
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_a_broken_tuned_table_is_named(tmp_path, text):
     path = tmp_path / "tiles.json"
     path.write_text(text)

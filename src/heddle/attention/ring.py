@@ -26,8 +26,12 @@ def shard_mask(mask: Mask, shard: Any, size: int) -> Mask:
 
     The prefix must be 0: which shards it reaches into would have to be known.
     """
-    first = shard * size
-    return Mask(clip(mask.start - first, 0, size), clip(mask.stop - first, 0, size))
+
+    def local() -> Mask:
+        first = shard * size
+        return Mask(clip(mask.start - first, 0, size), clip(mask.stop - first, 0, size))
+
+    return mask.keep(("shard", shard, size), local, lambda part: part.start) if isinstance(shard, int) else local()
 
 
 def ring_forward(

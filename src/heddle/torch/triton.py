@@ -109,7 +109,7 @@ def _problem(query: Tensor, key: Tensor, value: Tensor, start: Tensor, prefix: i
 def _launch(launch: Any, dtype: torch.dtype, *inputs: Tensor) -> list[Tensor]:
     like, dtypes = inputs[0], {"query": dtype, "float32": torch.float32}
     outputs = [torch.empty(shape, dtype=dtypes[kind], device=like.device) for kind, shape in launch.outputs]
-    numbers = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    numbers = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(like):
         launch.kernel[launch.grid](*inputs, *outputs, **launch.integers, **launch.constants, **numbers)
     return outputs
