@@ -90,27 +90,41 @@ def quickstart(
     quickstart.run(out, fast)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    context: typer.Context,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Over the file's options.")] = None,
     config: str | None = typer.Option(None, help="A YAML file, such as configs/quickstart.yaml.", envvar="CONFIG_FILE"),
-    print_config: bool = typer.Option(False, "--print-config", help="Print the resolved configuration and leave."),
+    print_config: bool = typer.Option(False, "--print-config", help="Print every option as it stands, and leave."),
 ) -> None:
     """Train a model on a corpus, or go on with a run where it stands.
 
-    Options of the configuration follow as key=value; --print-config lists them all. SIGTERM and Ctrl-C save and leave.
+    SIGTERM and Ctrl-C save and leave; the same command then goes on, with exactly the losses it would have had.
 
     Example: heddle train --config configs/quickstart.yaml training.steps=500 output=runs/longer
     """
     from heddle.config import load_config
 
-    settings = load_config(config, context.args)
+    settings = load_config(config, overrides or [])
     if print_config:
         print(settings.to_yaml(), end="")
         return
     from heddle.jax import run
 
     raise typer.Exit(run.show(settings))
+
+
+@app.command("plot")
+def plot_runs(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs.")],
+    out: str = typer.Option("loss.html", help="The page to write, or with the suffix .png the picture."),
+) -> None:
+    """Draw the losses of runs beside each other.
+
+    Example: heddle plot runs/quickstart runs/longer --out loss.png
+    """
+    from heddle.jax.metrics import draw
+
+    print(f"wrote {draw(runs, out)}")
 
 
 @app.command()

@@ -162,8 +162,9 @@ def test_runs_visit_each_visible_pair_once(mask_and_keys):
     ids=["documents", "many documents and padding", "both ways", "window", "window both ways", "window in documents"],
 )
 def test_computed_pairs_follow_visible_pairs(mask):
+    """A short causal square is computed whole, so twice as many and a little are the worst."""
     _, pairs = computed(mask, mask.q_len)
-    assert pairs <= 1.75 * mask.visible(mask.q_len)
+    assert pairs <= 2.1 * mask.visible(mask.q_len)
 
 
 @pytest.mark.parametrize(

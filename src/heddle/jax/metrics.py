@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,6 +61,31 @@ def read_metrics(path: str | Path) -> list[Record]:
     return records
 
 
+def draw(runs: Sequence[str | Path], out: str | Path) -> Path:
+    """The losses of runs, given by their folders, beside each other in one picture: a page, or a PNG by its suffix.
+
+    Raises:
+        ValueError: a run with no loss yet.
+    """
+    from heddle import plot
+
+    folders = [Path(run) for run in runs]
+    alike = len({folder.name for folder in folders}) < len(folders)
+    curves, held_out = {}, []
+    for folder in folders:
+        name, records = str(folder) if alike else folder.name, read_metrics(folder / "metrics.jsonl")
+        for field, label in (("loss", name), ("eval_loss", f"{name}, held out")):
+            points = [(record["step"], record[field]) for record in records if field in record]
+            if points:
+                curves[label] = tuple(zip(*points, strict=True))
+            elif field == "loss":
+                raise ValueError(f"{folder} must hold a run with at least one step done, got none")
+        held_out.append(f"{name}, held out")
+    dashed = [name for name in held_out if name in curves]
+    picture = plot.lines(curves, title="Loss", x="step", y="nats a token", dashed=dashed)
+    return picture.png(out) if str(out).endswith(".png") else picture.html(out)
+
+
 def _line(record: Record) -> str:
     """JSON knows no NaN and no infinity: they become null."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -86,7 +112,7 @@ class ProgressBar:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=steps, completed=step)
+        self._task = self._bar.add_task("compiling", total=steps, completed=step)
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()

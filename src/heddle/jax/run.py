@@ -87,16 +87,21 @@ def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
         )  # fmt: skip
 
     separate = data.eval_corpus is not None
-    documents = tokenized(corpus(data.corpus, "all" if separate else "train", training.seed), tokenizer)
+    reader = corpus(data.corpus, "all" if separate else "train", training.seed)
+    if next(reader(0, None), None) is None:
+        rest = "" if separate else f" that data.held_out={data.held_out} leaves over"
+        raise ValueError(f"data.corpus={data.corpus} must hold text to train on{rest}, got none")
+    documents = tokenized(reader, tokenizer)
     packer = Packer(documents, data.seq_len, training.batch_size, seed=training.seed, window=data.window)
+
     evaluation = []
     if training.eval_every:
         reader = corpus(data.eval_corpus or data.corpus, "all" if separate else "held_out", None)
         if next(reader(0, None), None) is None:
             raise ValueError(
-                f"{data.eval_corpus} holds no text to evaluate on" if separate else
-                f"data.held_out={data.held_out} of {data.corpus} is no text at all: raise it, name data.eval_corpus, "
-                "or set training.eval_every=0"
+                f"data.eval_corpus={data.eval_corpus} holds no text to evaluate on" if separate else
+                f"data.held_out={data.held_out} of data.corpus={data.corpus} is no text at all: raise it, "
+                "name data.eval_corpus, or set training.eval_every=0"
             )  # fmt: skip
         rows = training.batch_size // training.accumulation
         packed = Packer(tokenized(reader, tokenizer), data.seq_len, rows, window=data.window, epochs=1)

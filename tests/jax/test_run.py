@@ -1,0 +1,171 @@
+"""``heddle train``: from a configuration to a model in a folder."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from heddle import cli
+from heddle.config import load_config
+from heddle.data.tokenizers import Tokenizer
+from heddle.jax.metrics import read_metrics
+from heddle.jax.model import Transformer
+from heddle.jax.run import make_model, prepare, run
+
+SMALL = [
+    "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=1", "model.num_attention_heads=2",
+    "model.num_key_value_heads=1", "data.seq_len=64", "data.window=4096", "data.held_out=0.3", "training.batch_size=2",
+    "training.steps=6", "training.eval_every=3", "training.eval_batches=1", "training.checkpoint_every=2",
+    "training.warmup_steps=0", "training.learning_rate=0.01",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"the cat sat on mat number {i}, and the dog on the other. " * 5)
+    return folder
+
+
+@pytest.fixture
+def options(corpus, tmp_path):
+    return [*SMALL, f"data.corpus={corpus}", f"output={tmp_path / 'run'}"]
+
+
+def heddle(monkeypatch, capsys, *arguments):
+    """Exit code, stdout and stderr of the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["heddle", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    captured = capsys.readouterr()
+    return exit.value.code, captured.out, captured.err
+
+
+def losses(folder):
+    return [(r["step"], r.get("loss"), r.get("eval_loss")) for r in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_the_quickstart_configuration_is_valid_and_small():
+    path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    config = load_config(path)
+    model = make_model(config.model, Tokenizer.bytes(), config.data.seq_len, 0)
+    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: __import__("flax").nnx.state(model))))
+    assert 1e6 < size < 5e6
+
+
+def test_a_run_ends_in_a_model_that_loads_and_can_be_trained_further(options, tmp_path):
+    trainer = run(load_config(None, options))
+    folder = tmp_path / "run"
+    assert load_config(folder / "config.yaml") == load_config(None, options)
+    assert [step for step, _, _ in losses(folder)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert losses(folder)[-1][2] < losses(folder)[3][2] < np.log(257)
+
+    loaded = Transformer.from_pretrained(folder / "model")
+    tokens = np.arange(12)[None] + 97
+    np.testing.assert_allclose(loaded(tokens), trainer.model(tokens), atol=1e-6)
+    assert loaded.config.max_position_embeddings == 64
+
+    # Further, from its weights: what it is evaluated at before a step is where the first run ended.
+    further = [o for o in options if not o.startswith(("model.", "output"))]
+    config = load_config(None, [*further, f"model.path={folder / 'model'}", f"output={tmp_path / 'further'}"])
+    trainer, tokenizer = prepare(config)
+    assert tokenizer.vocab_size == 257
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses(folder)[-1][2], rel=1e-5)
+
+
+def test_a_run_goes_on_with_more_steps_but_not_as_another_run(options, tmp_path, monkeypatch, capsys):
+    constant = [*options, "training.schedule=constant"]
+    run(load_config(None, [*constant, "training.steps=4", "training.eval_every=0"]))
+    code, _, error = heddle(monkeypatch, capsys, "train", *constant, "training.learning_rate=0.02", "data.seq_len=32")
+    assert code == 2
+    assert error == (
+        f"heddle: output {tmp_path / 'run'} holds a run with data.seq_len=64 (not 32), "
+        "training.learning_rate=0.01 (not 0.02): go on with that, or name another folder\n"
+    )
+    code, _, error = heddle(monkeypatch, capsys, "train", *constant, "training.eval_every=0")
+    assert code == 0
+    assert "6 steps done" in error
+    whole = tmp_path / "whole"
+    run(load_config(None, [*constant, "training.eval_every=0", f"output={whole}"]))
+    assert losses(whole) == losses(tmp_path / "run")
+    assert len(losses(whole)) == 6
+
+
+def test_sigterm_saves_and_leaves_with_its_code(options, tmp_path):
+    """In a process of its own, as a cluster would do it; then the same command goes on to the same curve."""
+    folder = tmp_path / "run"
+    options = [*options, "training.steps=400", "training.eval_every=0", "training.checkpoint_every=0"]
+    command = [sys.executable, "-m", "heddle", "train", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
+    while '"step": 3,' not in ((folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    (done,) = (int(p.name) for p in (folder / "checkpoints").iterdir())
+    assert f"SIGTERM: saved at step {done}; the same command goes on from there" in errors
+    assert [step for step, _, _ in losses(folder)] == list(range(1, done + 1))
+    assert not (folder / "model").exists()
+
+
+ERRORS = {
+    "data.corpus=no/such/place": "corpus must be stdlib, hub:NAME, or a file, a folder or a pattern that holds files; "
+    "got 'no/such/place'",
+    "model.path=no/such/model.gguf": "no/such/model.gguf: no such file or folder",
+    "training.stps=3": "training.stps is not an option (from the command line); did you mean training.steps?",
+    "data.held_out=1e-9": "data.held_out=1e-09 of data.corpus={corpus} is no text at all: raise it, "
+    "name data.eval_corpus, or set training.eval_every=0",
+    "data.held_out=0.999999": "data.corpus={corpus} must hold text to train on that data.held_out=0.999999 "
+    "leaves over, got none",
+    "data.eval_corpus={corpus}/nothing": "corpus must be stdlib, hub:NAME, or a file, a folder or a pattern that "
+    "holds files; got '{corpus}/nothing'",
+}
+
+
+@pytest.mark.parametrize("wrong", ERRORS)
+def test_what_cannot_be_run_is_one_line(options, corpus, tmp_path, monkeypatch, capsys, wrong):
+    if wrong.startswith("model.path"):
+        options = [o for o in options if not o.startswith("model.")]
+    code, out, error = heddle(monkeypatch, capsys, "train", *options, wrong.format(corpus=corpus))
+    assert (code, out, error) == (2, "", f"heddle: {ERRORS[wrong].format(corpus=corpus)}\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(options, tmp_path):
+    config = load_config(None, options)
+
+    class Large(Tokenizer):
+        vocab_size = 258
+
+    model = make_model(config.model, Tokenizer.bytes(), 64, 0)
+    model.save_pretrained(tmp_path / "model", Tokenizer.bytes())
+    pretrained = load_config(None, [f"model.path={tmp_path / 'model'}"]).model
+    with pytest.raises(ValueError, match=r"data\.tokenizer must have at most the 257 tokens of .*, got 258"):
+        make_model(pretrained, Large(Tokenizer.bytes().backend), 64, 0)
+
+
+def test_broken_lines_of_a_corpus_end_a_run_unless_they_are_to_be_skipped(options, tmp_path, caplog):
+    path = tmp_path / "corpus.jsonl"
+    lines = [f'{{"text": "line {i}, good as the others"}}\n' for i in range(50)]
+    path.write_text("".join([lines[0], "bad\n", *lines[1:]]))
+    broken = [*options, f"data.corpus={path}", "training.eval_every=0", "training.steps=2"]
+    with pytest.raises(ValueError, match=r"corpus\.jsonl:2: not JSON"):
+        run(load_config(None, broken))
+    run(load_config(None, [*broken, "data.on_error=skip"]))
+    assert f"{path}:2: not JSON: Expecting value at column 1; skipped" in caplog.messages
+
+
+def test_print_config_shows_what_would_run_and_runs_nothing(options, tmp_path, monkeypatch, capsys):
+    code, out, error = heddle(monkeypatch, capsys, "train", *options, "--training.steps=9", "--print-config")
+    assert (code, error) == (0, "")
+    (tmp_path / "printed.yaml").write_text(out)
+    assert load_config(tmp_path / "printed.yaml") == load_config(None, [*options, "training.steps=9"])
+    assert not (tmp_path / "run").exists()
