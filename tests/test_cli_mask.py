@@ -166,7 +166,8 @@ EMPTY, PARTIAL, FULL, VAIN = (tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5
 
 def panel(picture, path):
     """The pixels of a one-row picture's panel: the largest block of pixels in the colours of tiles."""
-    image = np.asarray(Image.open(picture.png(path)).convert("RGB")).astype(int)
+    with Image.open(picture.png(path)) as opened:
+        image = np.asarray(opened.convert("RGB")).astype(int)
     tile = np.zeros(image.shape[:2], bool)
     for colour in (EMPTY, PARTIAL, FULL, VAIN):
         tile |= (np.abs(image - colour) <= 2).all(axis=-1)

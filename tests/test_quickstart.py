@@ -52,7 +52,8 @@ def test_the_whole_tour(tmp_path):
     pngs = sorted(path.name for path in folder.glob("*.png"))
     assert pngs == ["decoding.png", "lengths.png", "loss.png", "mask.png", "transformers.png"]
     for name in pngs:
-        assert min(Image.open(folder / name).size) >= 700
+        with Image.open(folder / name) as image:
+            assert min(image.size) >= 700
     assert not list(folder.rglob("*.part"))
     assert (folder / "smollm2" / "model.safetensors").stat().st_size > 500_000_000
 
