@@ -160,6 +160,40 @@ def test_peak_memory_counts_what_a_step_holds():
     assert ours < 4 << 20
 
 
+def test_a_contender_that_dies_is_left_out_of_the_memory(monkeypatch, small, capsys, tmp_path):
+    monkeypatch.setattr(attention, "_peak_in_a_new_process", lambda problem, name: 1 << 20 if name in OURS else None)
+    problem = Problem(heads=2, kv_heads=2, head_dim=8, documents=3)
+    for seq in ([64], [64, 96]):
+        attention.run(problem, seq=seq, framework="torch", peers="sdpa-dense", repeats=1, memory=True, out=tmp_path)
+        shown = capsys.readouterr().out.splitlines()
+        assert [line.split()[-1] for line in shown if " sdpa" in line or "sdpa-" in line] == ["1.0", "killed"] * len(
+            seq
+        )
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_noticed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import os
+from heddle.bench import attention
+
+def lives(problem, name):
+    return 5
+
+def dies(problem, name):
+    os._exit(9)  # as the system ends a process that takes too much memory
+
+if __name__ == "__main__":
+    for attention._peak in (lives, dies):
+        print(attention._peak_in_a_new_process(attention.Problem(), "heddle-torch"))
+"""
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
+    assert done.stdout == "5\nNone\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

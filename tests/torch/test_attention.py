@@ -336,6 +336,6 @@ def test_what_isnt_supported_is_said():
         attend(q, q, q, implementation="sdpa")
 
 
-def test_sdpa_comes_first():
+def test_sdpa_is_what_a_cpu_gets():
     q = torch.zeros(1, 4, 2, 8)
-    assert list(implementations(q, q, q).items()) == [("sdpa", None), ("reference", None)]
+    assert next(name for name, why in implementations(q, q, q).items() if why is None) == "sdpa"

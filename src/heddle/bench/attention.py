@@ -79,12 +79,12 @@ def _peak(problem: Problem, name: str) -> int:
     return peak_memory(lambda: step(0))
 
 
-def _peak_in_a_new_process(problem: Problem, name: str) -> int:
+def _peak_in_a_new_process(problem: Problem, name: str) -> int | None:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(_peak, problem, name).result()
-        except BrokenProcessPool:
-            raise OSError(f"{name} at --seq {problem.seq} was killed while its memory was measured") from None
+        except BrokenProcessPool:  # the system killed it: more memory than there is
+            return None
 
 
 def sequence_lengths(text: str) -> list[int]:
@@ -133,6 +133,7 @@ def run(
         "machine": machine(),
         "problem": {name: value for name, value in dataclasses.asdict(problem).items() if name != "seq"},
         "visible": visible,
+        "memory": memory,
         "results": results,
         "not_run": absent,
     }
@@ -171,7 +172,7 @@ def lengths(record: dict[str, Any]) -> list[int]:
 def table(record: dict[str, Any], seq: int) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, at one length."""
     results = [r for r in record["results"] if r["seq"] == seq]
-    ours, memory = list(results[0]["times"]), results[0]["peak_bytes"] is not None
+    ours, memory = list(results[0]["times"]), record["memory"]
     header = [f"{seq:,} tokens", "ms", "quartiles", "GFLOP/s"]
     header += [f"÷ {name.removeprefix('heddle-')}" for name in ours] + ["difference"] + ["peak MiB"] * memory
     rows = []
@@ -180,7 +181,8 @@ def table(record: dict[str, Any], seq: int) -> tuple[list[str], list[list[str]]]
         row = [" ".join(filter(None, [r["name"], r["implementation"]]))]
         row += [f"{r['median_ms']:.2f}", f"{low:.2f}–{high:.2f}", f"{r['flops_per_second'] / 1e9:.1f}"]
         row += [f"{r['times'][name]:.2f}" for name in ours] + [f"{r['difference']:.0e}"]
-        rows.append(row + ([f"{r['peak_bytes'] / 2**20:,.1f}"] if memory else []))
+        peak = "killed" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:,.1f}"
+        rows.append(row + [peak] * memory)
     return header, rows
 
 
@@ -194,7 +196,7 @@ def notes(record: dict[str, Any]) -> list[str]:
         "ms: median and quartiles of interleaved rounds. GFLOP/s: by visible pairs alone. ÷: this time over that of "
         "heddle in the framework. difference: the output's largest from the first row's.",
     ]
-    if record["results"][0]["peak_bytes"] is not None:
+    if record["memory"]:
         lines.append("peak: resident memory above the inputs', each contender alone in a new process.")
     return lines + [f"{name} did not run: {why}" for name, why in record["not_run"].items()]
 
@@ -235,7 +237,7 @@ def page(record: dict[str, Any], path: Path) -> None:
             series = {name: (measured, [value.get((name, seq)) for seq in measured]) for name in names}
             pictures.append(plot.lines(series, title=heading, x="tokens", y=unit, log_x=True, log_y=True))
         elif value:
-            values = [value[name, measured[0]] for name in names]
+            values = [value.get((name, measured[0])) for name in names]
             pictures.append(plot.bars({heading: values}, categories=names, title=heading, y=unit))
     tables = [_html(*table(record, seq)) for seq in measured]
     said = [f'<p class="note">{html.escape(line)}</p>' for line in notes(record)]
