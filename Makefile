@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12   the interpreter to set up with (default: the first of python3.11 to 3.13 and python3 there is)
 #   EXTRAS=torch,dev    what to install of pyproject.toml's extras
-#   ARGS="-k mask"      more arguments for the command: pytest's for test, heddle's for quickstart and bench
+#   ARGS="-k mask"      more arguments for the command: pytest's for test and gpu-check, heddle's for quickstart
 
 # An empty PYTHON, from the environment or the command line, means the default too.
 ifeq ($(strip $(PYTHON)),)
@@ -38,8 +38,12 @@ lint: $(READY) ## Check style and types
 docs: $(READY) ## Build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-bench: $(READY) ## Measure attention beside its peers
-	$(RUN) -m heddle bench attention $(ARGS)
+bench: $(READY) ## Measure attention and decoding beside their peers, into out/bench
+	$(RUN) -m heddle bench attention --seq 4096 --documents 8 --out out/bench/forward
+	$(RUN) -m heddle bench attention --seq 4096 --documents 8 --backward --out out/bench/backward
+	$(RUN) -m heddle bench attention --seq 4096 --documents 1 --out out/bench/causal
+	$(RUN) -m heddle bench attention --seq 4096,8192,16384,32768 --peers none --memory --out out/bench/memory
+	$(RUN) -m heddle bench decode --out out/bench/decode
 
 gpu-check: $(READY) ## Run the tests that need a CUDA device
 	@$(RUN) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
