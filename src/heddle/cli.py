@@ -246,6 +246,36 @@ def bench_attention(
     )
 
 
+@bench.command("decode")
+def bench_decode(
+    model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    batch: int = typer.Option(1, help="Sequences at once."),
+    prompt_tokens: int = typer.Option(128, help="Tokens read before the first is generated."),
+    tokens: int = typer.Option(128, help="Tokens generated."),
+    peers: str = typer.Option("all", help="all, none, or transformers."),
+    repeats: int = typer.Option(5, help="Rounds that count; every contender runs once a round."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    out: str | None = typer.Option(None, help="A directory for decode.json."),
+) -> None:
+    """Measure generation in float32 beside its peers, and beside the speed at which memory gives the weights.
+
+    Example: heddle bench decode --batch 4
+    """
+    from heddle.bench import decode
+
+    decode.run(
+        model,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        peers=peers,
+        repeats=repeats,
+        as_json=json,
+        out=out,
+        command=["heddle", *sys.argv[1:]],
+    )
+
+
 def main() -> None:
     """Run the command; a user's error is one line on stderr and exit code 2."""
     arguments = sys.argv[1:]

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where tensors come from, under the source's own names and torch's layout."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from heddle.attention.arrays import Array
 Number = Any  #: a number, or an array (batch,) with one for each sequence
 
 
+@runtime_checkable
 class Transform(Protocol):
     def __call__(
         self, logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"] | None

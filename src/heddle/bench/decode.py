@@ -1,0 +1,245 @@
+"""``heddle bench decode``: tokens a second, beside transformers and beside the memory's speed, in one interleaved run.
+
+Decoding one sequence reads every weight once for each token, so the time to read that many bytes is its lower bound.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .timing import interleave, machine
+
+PEERS = ("transformers",)
+
+
+@runtime_checkable
+class Contender(Protocol):
+    """Continues prompts, greedily and without end: ``(batch, prompt)`` ids and a number to ``(batch, number)`` ids."""
+
+    def __call__(self, prompts: np.ndarray, tokens: int) -> np.ndarray: ...
+
+
+def measure(
+    contenders: dict[str, Contender],
+    prompts: np.ndarray,
+    tokens: int,
+    weight_bytes: int,
+    repeats: int,
+    tell: Callable[[str], object] = lambda message: None,
+) -> dict[str, Any]:
+    """Time each contender on the first token and on all; the memory's read bandwidth in between.
+
+    Args:
+        contenders: by name, ours first: the others' tokens are compared with its.
+        prompts: ids ``(batch, prompt)``.
+        tokens: to generate.
+        weight_bytes: read for each token.
+        repeats: rounds that count.
+
+    Returns:
+        ``bandwidth``, bytes a second; ``roofline``, tokens a second of one sequence; and ``results``, for each
+        contender its tokens a second over all (``total``) and after the first (``decode``), of the whole batch.
+    """
+    produced: dict[str, np.ndarray] = {}
+    steps: dict[str, Callable[[int], object]] = {}
+    for name, contender in contenders.items():
+
+        def whole(_: int, name: str = name, contender: Contender = contender) -> None:
+            produced[name] = contender(prompts, tokens)
+
+        steps[name] = whole
+        steps[f"{name}, first token"] = lambda _, contender=contender: contender(prompts, 1)
+    steps["bandwidth"] = _reader(weight_bytes)
+    timings = interleave(steps, repeats, tell=tell)
+
+    batch, first = len(prompts), next(iter(contenders))
+    bandwidth = weight_bytes / timings["bandwidth"].median
+    roofline = bandwidth / weight_bytes
+    results = []
+    for name in contenders:
+        total, start = timings[name].median, timings[f"{name}, first token"].median
+        decode = batch * (tokens - 1) / (total - start)
+        results.append(
+            {
+                "name": name,
+                "first_token_s": start,
+                "total_tokens_per_s": batch * tokens / total,
+                "decode_tokens_per_s": decode,
+                "roofline_share": decode / batch / roofline,
+                "same_tokens": _agreement(produced[first], produced[name]),
+                "repeats": repeats,
+            }
+        )
+    return {"bandwidth": bandwidth, "roofline_tokens_per_s": roofline, "results": results}
+
+
+def _reader(size: int) -> Callable[[int], object]:
+    """Reads so many bytes once, on every core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parts = np.array_split(np.ones(size // 4, np.float32), cores)
+    pool = ThreadPoolExecutor(cores)
+    return lambda _: list(pool.map(np.sum, parts))
+
+
+def _agreement(ours: np.ndarray, theirs: np.ndarray) -> int:
+    """How many tokens are the same before the first difference, in the sequence where that comes first."""
+    same = np.cumprod(ours == theirs, axis=1)
+    return int(same.sum(axis=1).min())
+
+
+def run(
+    model: str | None = None,
+    *,
+    batch: int = 1,
+    prompt_tokens: int = 128,
+    tokens: int = 128,
+    peers: str = "all",
+    repeats: int = 5,
+    as_json: bool = False,
+    out: str | Path | None = None,
+    command: Sequence[str] = ("heddle", "bench", "decode"),
+) -> dict[str, Any]:
+    """Load a model in float32, measure it and its peers, print a table (or JSON); with ``out`` write JSON there.
+
+    Raises:
+        ValueError: options that can't be, by the option's name.
+    """
+    for option, value, least in (
+        ("batch", batch, 1), ("prompt-tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("repeats", repeats, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"--{option} must be at least {least}, got {value}")
+    chosen = PEERS if peers == "all" else () if peers == "none" else tuple(peers.split(","))
+    if unknown := set(chosen) - set(PEERS):
+        raise ValueError(f"--peers must be all, none or of {', '.join(PEERS)}; got {', '.join(sorted(unknown))}")
+    from heddle.data.tokenizers import Tokenizer
+    from heddle.jax import Transformer
+
+    with Console(stderr=True).status("loading") as status:
+        transformer = Transformer.from_pretrained(model, dtype="float32")
+        tokenizer = Tokenizer.from_pretrained(model)
+        context = transformer.config.max_position_embeddings
+        if prompt_tokens + tokens > context:
+            raise ValueError(
+                f"--prompt-tokens and --tokens must fit in the context of {context}, got {prompt_tokens} and {tokens}"
+            )
+        contenders: dict[str, Contender] = {"heddle": _heddle(transformer, tokenizer)}
+        if "transformers" in chosen:
+            contenders["transformers"] = _transformers(transformer)
+        record = {
+            "benchmark": "decode",
+            "command": shlex.join(command),
+            "machine": machine(),
+            "problem": {
+                "model": model or "SmolLM2-135M-Instruct",
+                "dtype": "float32",
+                "batch": batch,
+                "prompt_tokens": prompt_tokens,
+                "tokens": tokens,
+                "weight_bytes": _weight_bytes(transformer),
+            },
+        }
+        prompts = _prompts(tokenizer, batch, prompt_tokens)
+        record |= measure(contenders, prompts, tokens, _weight_bytes(transformer), repeats, status.update)
+    text = json.dumps(record, indent=2)
+    print(text) if as_json else show(record)
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "decode.json").write_text(text + "\n")
+    return record
+
+
+def _weight_bytes(model: Any) -> int:
+    """What one token reads: all weights, but of an embedding apart from the head one row."""
+    import jax
+
+    unread = 0 if model.embedding is None else model.embedding.nbytes
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - unread
+
+
+def _prompts(tokenizer: Any, batch: int, length: int) -> np.ndarray:
+    """The beginnings of one text, each a few tokens further on."""
+    ids = tokenizer.encode(inspect.getsource(heapq))
+    ids = np.resize(ids, length + 7 * batch)
+    return np.stack([ids[7 * row : 7 * row + length] for row in range(batch)])
+
+
+def _heddle(model: Any, tokenizer: Any) -> Contender:
+    from heddle.jax import generate
+
+    def contender(prompts: np.ndarray, tokens: int) -> np.ndarray:
+        completions = generate(model, tokenizer, prompts.tolist(), max_tokens=tokens, stop_ids=())
+        return np.asarray([completion.tokens for completion in completions])
+
+    return contender
+
+
+def _transformers(model: Any) -> Contender:
+    """transformers' ``generate`` on the same weights, through a folder, with a thread for each core."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "model")
+        peer: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
+    peer.generation_config.eos_token_id = None  # nothing ends it before the number of tokens asked for
+    peer.generation_config.pad_token_id = 0
+
+    def contender(prompts: np.ndarray, tokens: int) -> np.ndarray:
+        ids = torch.from_numpy(prompts)
+        with torch.inference_mode():
+            out = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+        return out[:, ids.shape[1] :].numpy()
+
+    return contender
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the table."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    p, ours = record["problem"], record["results"][0]
+    console.print(
+        f"{p['model']}, {p['dtype']}, batch {p['batch']}, {p['prompt_tokens']} tokens in, {p['tokens']} out",
+        highlight=False, markup=False,
+    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "first token, s", "tokens/s", "after the first", "of roofline", "heddle is", "same tokens"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for r in record["results"]:
+        table.add_row(
+            r["name"],
+            f"{r['first_token_s']:.3f}",
+            f"{r['total_tokens_per_s']:.1f}",
+            f"{r['decode_tokens_per_s']:.1f}",
+            f"{r['roofline_share']:.2f}",
+            f"{ours['decode_tokens_per_s'] / r['decode_tokens_per_s']:.2f}×",
+            f"{r['same_tokens']}/{p['tokens']}",
+        )
+    console.print(table)
+    m = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    for line in (
+        f"roofline: {p['weight_bytes'] / 1e6:.0f} MB of weights a step at {record['bandwidth'] / 1e9:.1f} GB/s, "
+        f"measured in the same rounds: {record['roofline_tokens_per_s']:.1f} steps/s",
+        f"medians of {ours['repeats']} interleaved rounds; {m['processor']}, {m['cores']} cores; "
+        f"Python {m['python']}, {versions}; {m['date']}",
+    ):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,132 @@
+"""Sampling: the same logits as transformers leaves, the distribution they say, a seed's own choice."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from heddle.jax.sampling import Greedy, MinP, Random, RepetitionPenalty, Temperature, TopK, TopP, needs_seen, sampler
+
+LOGITS = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32) * 4
+
+
+def keys(count: int, seed: int = 0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Temperature(0.7), transformers.TemperatureLogitsWarper(0.7)),
+        (TopK(1), transformers.TopKLogitsWarper(1)),
+        (TopK(50), transformers.TopKLogitsWarper(50)),
+        (TopK(10**6), transformers.TopKLogitsWarper(10**6)),
+        (TopP(0.05), transformers.TopPLogitsWarper(0.05)),
+        (TopP(0.9), transformers.TopPLogitsWarper(0.9)),
+        (TopP(1.0), transformers.TopPLogitsWarper(1.0)),
+        (MinP(0.02), transformers.MinPLogitsWarper(0.02)),
+        (MinP(0.0), transformers.MinPLogitsWarper(0.0)),
+        (MinP(1.0), transformers.MinPLogitsWarper(1.0)),
+    ],
+)
+def test_transforms_are_those_of_transformers(ours, theirs):
+    expected = theirs(None, torch.from_numpy(LOGITS.copy())).numpy()
+    np.testing.assert_allclose(jax.jit(ours)(jnp.asarray(LOGITS), None), expected, rtol=1e-6)
+
+
+def test_the_repetition_penalty_is_that_of_transformers():
+    ids = np.array([[1, 5, 5], [0, 2, 999], [7, 8, 9]])
+    seen = np.zeros(LOGITS.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    theirs = transformers.RepetitionPenaltyLogitsProcessor(1.7)
+    expected = theirs(torch.from_numpy(ids), torch.from_numpy(LOGITS.copy())).numpy()
+    np.testing.assert_allclose(RepetitionPenalty(1.7)(jnp.asarray(LOGITS), jnp.asarray(seen)), expected, rtol=1e-6)
+
+
+def test_a_number_for_each_sequence():
+    logits = jnp.asarray(LOGITS)
+    cases = {Temperature: [0.5, 1.0, 2.0], TopK: [1, 7, 900], TopP: [0.1, 0.9, 1.0], MinP: [0.0, 0.1, 1.0]}
+    for kind, values in cases.items():
+        together = kind(jnp.array(values))(logits, None)
+        alone = [kind(value)(logits[row : row + 1], None)[0] for row, value in enumerate(values)]
+        np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-6)
+
+
+def test_top_k_keeps_ties_and_top_p_at_least_one():
+    level = jnp.array([[1.0, 3.0, 3.0, 3.0, -jnp.inf]])
+    np.testing.assert_array_equal(jnp.isfinite(TopK(2)(level, None)), [[False, True, True, True, False]])
+    np.testing.assert_array_equal(jnp.isfinite(TopP(1e-9)(jnp.array([[0.0, 9.0]]), None)), [[False, True]])
+
+
+@pytest.mark.parametrize(
+    "chain", [(), (Temperature(0.5),), (TopK(4),), (Temperature(1.5), TopP(0.8)), (TopK(6), MinP(0.2))]
+)
+def test_tokens_come_as_often_as_their_probabilities_say(chain):
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, 1.5], np.float32)
+    draws = 20_000
+    rows = jnp.broadcast_to(jnp.asarray(logits), (draws, 8))
+    tokens = np.asarray(jax.jit(Random(chain))(rows, keys(draws)))
+    transformed = jnp.asarray(logits)[None]
+    for transform in chain:
+        transformed = transform(transformed, None)
+    expected = np.asarray(jax.nn.softmax(transformed[0])) * draws
+    found = np.bincount(tokens, minlength=8)
+    assert (found[expected == 0] == 0).all()
+    likely = expected > 0
+    chi_square = ((found - expected)[likely] ** 2 / expected[likely]).sum()
+    assert chi_square < 30  # 7 degrees of freedom: p < 1e-4 for a right sampler; this seed's draw is fixed
+
+
+def test_a_key_chooses_alike_in_every_batch():
+    logits = jnp.asarray(LOGITS)
+    choose, own = Random((Temperature(3.0),)), keys(3, seed=5)
+    together = choose(logits, own)
+    np.testing.assert_array_equal(together[::-1], choose(logits[::-1], own[::-1]))
+    np.testing.assert_array_equal(together[1:2], choose(logits[1:2], own[1:2]))
+    assert not np.array_equal(together, choose(logits, keys(3, seed=6)))
+
+
+def test_greedy_takes_the_highest_and_the_first_of_equals():
+    np.testing.assert_array_equal(Greedy()(jnp.asarray(LOGITS), None), LOGITS.argmax(axis=1))
+    assert int(Greedy()(jnp.array([[1.0, 4.0, 4.0]]), None)[0]) == 1
+    seen = jnp.asarray(np.eye(3, dtype=bool)[[1]])
+    assert int(Greedy((RepetitionPenalty(2.0),))(jnp.array([[1.5, 2.0, 1.0]]), None, seen)[0]) == 0
+
+
+def test_another_number_compiles_nothing_anew():
+    compiled = jax.jit(lambda chosen, logits, keys: chosen(logits, keys))
+    for temperature, top_p in ((0.3, 0.5), (0.4, 0.6), (0.5, 0.7)):
+        compiled(sampler(temperature, top_p=top_p), jnp.asarray(LOGITS), keys(3))
+    assert compiled._cache_size() == 1
+
+
+def test_the_usual_chain():
+    assert sampler() == Greedy()
+    assert sampler(0.0, top_k=5, repetition_penalty=1.1) == Greedy((RepetitionPenalty(1.1),))
+    chain = (RepetitionPenalty(1.1), Temperature(0.5), TopK(4), TopP(0.9), MinP(0.1))
+    assert sampler(0.5, 4, 0.9, 0.1, 1.1) == Random(chain)
+    assert needs_seen(Random(chain))
+    assert not needs_seen(sampler(0.5, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0"),
+        ({"top_p": 1.1}, "top_p must be"),
+        ({"top_p": float("nan")}, "top_p must be .*, got nan"),
+        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"min_p": -0.1}, "min_p must be"),
+        ({"temperature": -1.0}, "temperature must be a number of at least 0, got -1.0"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temperature": float("inf")}, "temperature must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sampler(**{"temperature": 0.7, **options})
+    with pytest.raises(ValueError, match=message):  # in greedy choice too, where they would not matter
+        sampler(**options)
