@@ -53,13 +53,7 @@ def test_a_tuned_table_comes_before_the_starting_points(tmp_path):
     assert done.stdout == "64 32 4 1 True\n"
 
 
-BROKEN = [
-    "[]",
-    "{",
-    '{"90": {"forward": {"128": [64, 32]}}}',
-    '{"90": {"f": 3}}',
-    '{"90": {"decode": {"64": [7, 32, 4, 1]}}}',
-]
+BROKEN = ["[]", "{", '{"90": {"forward": {"128": [64, 32]}}}', '{"90": 3}', '{"90": {"decode": {"64": [7, 32, 4, 1]}}}']
 
 
 @pytest.mark.parametrize("text", BROKEN)

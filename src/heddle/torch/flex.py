@@ -66,12 +66,15 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) ->
     blocks = mask.keep(("flex", kv_len), lambda: block_mask(mask, kv_len), lambda found: found.kv_num_blocks)
     function = flex_attention if torch.compiler.is_compiling() else _compiled()
     out, aux = function(
-        *(x.transpose(1, 2) for x in (query, key, value)),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         block_mask=blocks,
         scale=scale,
         enable_gqa=query.shape[2] != key.shape[2],
         return_aux=AuxRequest(lse=True),
     )
+    assert aux.lse is not None
     return out.transpose(1, 2), aux.lse.transpose(1, 2)
 
 
@@ -85,11 +88,12 @@ def flex_backward(
     gradients that the merge of all keys hands down: weight * d_out, and weight * (d_out (part - out) + d_lse).
     """
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        part, part_lse = flex(*inputs, mask, scale)
+        q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+        part, part_lse = flex(q, k, v, mask, scale)
     seen = part_lse > -torch.inf
     weight = torch.where(seen, torch.exp(part_lse - torch.where(seen, lse, 0.0)), 0.0).detach()
     inner = (d_out * (part.detach() - out)).sum(-1, dtype=torch.float32)
     d_part = (weight[..., None] * d_out).to(part.dtype)
     d_part_lse = weight * (inner if d_lse is None else inner + torch.where(seen, d_lse, 0.0))
-    return torch.autograd.grad((part, part_lse), inputs, (d_part, d_part_lse))
+    d_q, d_k, d_v = torch.autograd.grad((part, part_lse), (q, k, v), (d_part, d_part_lse))
+    return d_q, d_k, d_v

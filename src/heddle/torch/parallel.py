@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
 from heddle.attention.attend import Implementation, _check, _scale, attend, choose
 from heddle.attention.balance import unpermute
@@ -75,7 +76,7 @@ def context_attend(
         key, value = _gather(key, group), _gather(value, group)
         out, lse = attend(query, key, value, mask, scale=scale, implementation=implementation, return_lse=True)
     else:
-        out, lse = _ring_attend(query, key, value, mask, group, _scale(query, scale), implementation)
+        out, lse = _ring_attend(query, key, value, mask, group, _scale(query, scale), implementation)  # type: ignore
     return (out, lse) if return_lse else out
 
 
@@ -170,7 +171,7 @@ def _ring_attend(
     chosen = choose(query, key, value, mask, implementation)
     if chosen.backward is None:
         raise NotImplementedError(
-            f"implementation {implementation!r} can't be used in a ring: it has no backward of a part"
+            f"implementation {implementation!r} has no backward of a part of the keys, as rings need"
         )
     if not mask.prefix:
         return _Ring.apply(query, key, value, mask, group, scale, chosen)  # type: ignore[return-value]

@@ -142,8 +142,8 @@ def _(query, key, value, start, stop, forward_schedule, kv_schedule, q_schedule,
 @torch.library.custom_op(
     "heddle::flash_backward",
     mutates_args=(),
-    schema="(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor start, "
-    "Tensor stop, Tensor kv_schedule, Tensor q_schedule, int prefix, float scale, int[] blocks) "
+    schema="(Tensor d_out, Tensor? d_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
+    "Tensor start, Tensor stop, Tensor kv_schedule, Tensor q_schedule, int prefix, float scale, int[] blocks) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _flash_backward(
