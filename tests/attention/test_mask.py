@@ -320,6 +320,16 @@ def test_pytree_in_jax():
     assert "visible" not in jax.jit(lambda m: jnp.array(len(repr(m))) * 0)(mask).__repr__()
 
 
+def test_a_mask_made_before_jax_is_imported_is_a_pytree():
+    code = """
+import heddle
+mask = heddle.Mask.causal(3)
+import heddle.jax, jax
+assert jax.jit(lambda m: m.stop)(mask).shape == (1, 3)
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
 def test_documents_under_jit_equal_eager():
     segments = jnp.array([[3, 3, 1, 1, 1, -1]])
     under_jit = jax.jit(lambda s: Mask.documents(s).tiles(2, 2, 6))(segments)
@@ -342,6 +352,12 @@ outside = heddle.Mask.causal(6)
 segments, q = torch.tensor([[7, 7, 7, 2, 2, -1]]), torch.randn(1, 6, 2, 4)
 for got, want in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(segments, q), f(segments, q)):
     torch.testing.assert_close(got, want)
+causal = torch.compile(
+    lambda q: heddle.attend(q, q, q, heddle.Mask.causal(q.shape[1])), fullgraph=True, dynamic=True, backend="aot_eager"
+)
+for seq in (6, 9):
+    q = torch.randn(1, seq, 2, 4)
+    torch.testing.assert_close(causal(q), heddle.attend(q, q, q, heddle.Mask.causal(seq)))
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 

@@ -113,7 +113,7 @@ def implementations(query: Array, key: Array, value: Array, mask: Mask | None = 
 
 def _scale(query: Array, scale: float | None) -> float:
     if scale is None:
-        scale = query.shape[-1] ** -0.5
+        return query.shape[-1] ** -0.5  # not checked: torch.compile may trace the size as a symbol
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     return float(scale)

@@ -82,7 +82,7 @@ class Mask:
         if self.start.shape != self.stop.shape:
             raise ValueError(f"start and stop must have one shape, got {self.start.shape} and {self.stop.shape}")
         _check_count("prefix", self.prefix, minimum=0)
-        _register_pytree()
+        register_pytree()
 
     # ------------------------------------------------------------------ constructors
 
@@ -401,7 +401,7 @@ def _check_segments(q_segments: Array, kv_segments: Array, kv_positions: Array |
 _registered = False
 
 
-def _register_pytree() -> None:
+def register_pytree() -> None:
     """Make Mask a JAX pytree once JAX is there: start and stop are leaves, the prefix is static."""
     global _registered
     if _registered or "jax" not in sys.modules or not hasattr(sys.modules["jax"], "tree_util"):
