@@ -10,6 +10,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from compile_once import compile_once  # noqa: F401
+from flax import nnx
 
 from heddle import cli
 from heddle.config import load_config
@@ -55,8 +57,8 @@ def losses(folder):
 def test_the_quickstart_configuration_is_valid_and_small():
     path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     config = load_config(path)
-    model = make_model(config.model, Tokenizer.bytes(), config.data.seq_len, 0)
-    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: __import__("flax").nnx.state(model))))
+    model = nnx.eval_shape(lambda: make_model(config.model, Tokenizer.bytes(), config.data.seq_len, 0))
+    size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     assert 1e6 < size < 5e6
 
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compile_once import compile_once  # noqa: F401
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 
 from heddle.config import TrainingOptions
 from heddle.data.packing import NO_TARGET, Batch, Packer
@@ -75,23 +75,6 @@ def curve(output):
     """What must not depend on how often a run was killed: everything but times."""
     times = {"seconds", "tokens_per_second"}
     return [{name: value for name, value in record.items() if name not in times} for record in records(output)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_once(tmp_path_factory):
-    """The same run is compiled again for each of its interruptions: keep what was compiled, in this process alone."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for settings in (options, before):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if settings is options:
-            yield
 
 
 @pytest.fixture(scope="module")
@@ -303,7 +286,7 @@ def test_finite_data_end_the_run_with_a_checkpoint(tmp_path):
 
 def start(output):
     """This run in a process of its own, with a pause after each step so that it can be killed at a chosen one."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen([sys.executable, __file__, str(output)], env=environment, stderr=subprocess.PIPE, text=True)
 
 

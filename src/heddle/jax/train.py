@@ -148,7 +148,7 @@ class Trainer:
         with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
             since, running = 0.0, None  # the step that the device works at while the host prepares the next
             for step, (batch, after) in zip(range(done + 1, options.steps + 1), batches, strict=False):
-                parts = Batch(*(field.reshape(options.accumulation, -1, field.shape[-1]) for field in batch))
+                parts = jax.tree.map(lambda x: x.reshape(options.accumulation, -1, *x.shape[1:]), batch)
                 arrays = replace(self.state, data=None)
                 if compiled is None:  # ahead of time, so that the first step's tokens/s is true too
                     compiled = jax.jit(self._step, donate_argnums=0).lower(arrays, parts).compile()
@@ -215,9 +215,10 @@ class Trainer:
         def accumulate(sums, inputs):
             return jax.tree.map(jnp.add, sums, part(inputs)), None
 
-        inputs = (parts, jax.random.split(key, len(parts.tokens)))
+        count = len(jax.tree.leaves(parts)[0])
+        inputs = (parts, jax.random.split(key, count))
         first = jax.tree.map(lambda x: x[0], inputs)
-        if len(parts.tokens) == 1:
+        if count == 1:
             sums, gradient = part(first)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, first))
