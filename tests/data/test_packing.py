@@ -175,13 +175,14 @@ def test_an_error_in_the_documents_is_not_taken_for_their_end():
         yield np.arange(3), 1
         if broken:
             raise OSError("the disk is gone")
+        yield np.arange(5, 8), 2
 
-    packer = Packer(documents, 3, 1, epochs=1)
+    packer = Packer(documents, 3, 2, window=3, epochs=1)  # the error comes after the batch's first row was taken
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
             next(packer)
     broken = False
-    assert next(packer).tokens.tolist() == [[0, 1, 2]]
+    assert next(packer).tokens.tolist() == [[0, 1, 2], [5, 6, 7]]
 
 
 def test_ahead_hands_out_the_same_items_and_passes_errors_on():

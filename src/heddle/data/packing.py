@@ -143,34 +143,42 @@ class Packer(Iterator[Batch]):
         self._stream: Iterator[tuple[np.ndarray, int, Any]] | None = None
 
     def __next__(self) -> Batch:
+        before = self.state()
+        try:
+            rows = self._take(self.rows)
+        except BaseException:
+            self.restore(before)  # so that trying again begins where this began
+            raise
+        if not rows:
+            raise StopIteration
+        return _batch(rows, self.row_len, self.rows)
+
+    def _take(self, count: int) -> list[list[_Piece]]:
+        """The next ``count`` rows, out of as many windows as that takes; fewer at the end."""
         taken: list[list[_Piece]] = []
-        while len(taken) < self.rows:
+        while len(taken) < count:
             if self._packed is None:
                 self._packed, self._following = self._pack_window()
                 if not self._packed:
                     break
-            more = self._packed[self._row : self._row + self.rows - len(taken)]
+            more = self._packed[self._row : self._row + count - len(taken)]
             taken += more
             self._row += len(more)
             if self._row == len(self._packed):
                 self._place, self._row, self._packed = self._following, 0, None
-        if not taken:
-            raise StopIteration
-        return _batch(taken, self.row_len, self.rows)
+        return taken
 
     def _pack_window(self) -> tuple[list[list[_Piece]], dict[str, Any]]:
         """The rows of the window at ``self._place``, and the place of the window after it."""
         epoch, cursor, window = self._place.values()
-        # Taken away until the window is complete: after an error in reading it, the next attempt starts it afresh.
-        stream, self._stream = self._stream or self._read(epoch, cursor), None
+        self._stream = self._stream or self._read(epoch, cursor)
         documents, size = [], 0
-        for tokens, *after in stream:
+        for tokens, *after in self._stream:
             documents.append(tokens)
             size += len(tokens)
             epoch, cursor = after
             if size >= self._window_tokens:
                 break
-        self._stream = stream
         rows = _pack(documents, self.row_len)
         order = np.random.default_rng([self._seed, window]).permutation(len(rows))
         return [rows[i] for i in order], {"epoch": epoch, "cursor": cursor, "window": window + 1}
