@@ -57,7 +57,7 @@ def _partial(rows: Intervals, prefix: int, blocks: Tensor) -> Tensor:
 
 @functools.cache
 def _compiled():
-    return torch.compile(flex_attention, dynamic=True)
+    return torch.compile(flex_attention)
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
