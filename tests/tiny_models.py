@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, one key head": ("llama", {"num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
     "llama, head_dim": ("llama", {"head_dim": 16}),
+    "llama, bytes": ("llama", {"vocab_size": 257}),
     "llama, gelu": ("llama", {"hidden_act": "gelu"}),
     "llama, gelu_pytorch_tanh": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     "llama, relu": ("llama", {"hidden_act": "relu"}),

@@ -24,6 +24,7 @@ from .sampling import Greedy, Sampler, needs_seen
 PREFILL = (32, 128, 512)
 #: Steps of one call of the compiled loop, at most; with stop strings, which the host looks for, fewer.
 STEPS, STEPS_WITH_STOP = 32, 8
+LEAST_ROOM = 256  #: tokens that a cache has room for, at least: lengths are powers of two, as each compiles anew
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Past:
         max_len: room in tokens to begin with; it doubles as needed.
     """
 
-    def __init__(self, max_len: int = 256):
+    def __init__(self, max_len: int = LEAST_ROOM):
         self.max_len = max_len
         self.tokens: list[int] = []
         self.cache: KVCache | None = None
@@ -127,7 +128,7 @@ class Past:
     def resume(self, model: Transformer, prompt: list[int], room: int) -> tuple[KVCache, int]:
         """A cache with ``room`` tokens of room, and how many of the prompt's tokens it holds already."""
         cache, self.cache = self.cache, None  # until it comes back, since a step gives its buffers away
-        self.max_len = _room(room, max(self.max_len, 256), model)
+        self.max_len = _room(max(room, self.max_len), model)
         if cache is None:
             return KVCache.empty(model.config, 1, self.max_len, model.dtype), 0
         held = self.tokens[: int(cache.lengths[0])]
@@ -228,7 +229,7 @@ class Generation:
         if past is not None:
             cache, held = past.resume(model, self.prompts[0], room)
         else:
-            cache, held = KVCache.empty(config, len(self.prompts), _room(room, 256, model), model.dtype), 0
+            cache, held = KVCache.empty(config, len(self.prompts), _room(room, model), model.dtype), 0
 
         seen = None
         if needs_seen(self.sampler):
@@ -338,7 +339,7 @@ def _choose(
     return replace(state, token=token, count=count, done=done, seen=seen)
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=1)
 def _grow(cache: KVCache, max_len: int) -> KVCache:
     more = [(0, 0), (0, 0), (0, max_len - cache.max_len), (0, 0)]
     keys, values = (tuple(jnp.pad(a, more) for a in arrays) for arrays in (cache.keys, cache.values))
@@ -392,9 +393,9 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _room(tokens: int, least: int, model: Transformer) -> int:
-    """A cache's length for so many tokens: few different ones, as each compiles anew."""
-    return min(_power_of_two(max(tokens, least)), model.config.max_position_embeddings)
+def _room(tokens: int, model: Transformer) -> int:
+    """The length of a cache for so many tokens."""
+    return min(_power_of_two(max(tokens, LEAST_ROOM)), model.config.max_position_embeddings)
 
 
 def _pieces_of(length: int) -> list[int]:
