@@ -266,7 +266,7 @@ def train(report: Report, display: Display, fast: bool, summary: list[str]) -> N
     display.show(Text("Writing a sample", style="dim"))
     prompt = "def "
     tokenizer = Tokenizer.from_pretrained(folder / "model")
-    choose = sampler(temperature=0.7, top_p=0.95)
+    choose = sampler(temperature=0.8)
     sample = generate(trainer.model, tokenizer, prompt, max_tokens=64 if fast else 400, sampler=choose, seed=1)[0].text
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trainer.model))
