@@ -45,10 +45,16 @@ bench: $(READY) ## Measure attention and decoding beside their peers, into out/b
 	$(RUN) -m heddle bench attention --seq 4096,8192,16384,32768 --peers none --memory --out out/bench/memory
 	$(RUN) -m heddle bench decode --out out/bench/decode
 
-gpu-check: $(READY) ## Run the tests that need a CUDA device
+# Every kernel case against the oracle, then tiles tuned for this device, then the tables: one report, docs/benchmarks/gpu.
+gpu-check: $(READY) ## On a machine with a GPU: check every kernel on it, tune, measure, and write docs/benchmarks/gpu
 	@$(RUN) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 	  { echo "gpu-check: torch finds no CUDA device here, so nothing was checked" >&2; exit 2; }
 	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) -m heddle bench tune
+	$(RUN) -m heddle bench attention --seq 8192,32768 --heads 64 --kv-heads 8 --head-dim 128 --documents 12 \
+	  --dtype bfloat16 --peers sdpa-documents,flex --out docs/benchmarks/gpu/forward
+	$(RUN) -m heddle bench attention --seq 8192,32768 --heads 64 --kv-heads 8 --head-dim 128 --documents 12 \
+	  --dtype bfloat16 --peers sdpa-documents,flex --backward --out docs/benchmarks/gpu/backward
 
 clean: ## Remove what the other commands built, except .venv
 	rm -rf site build dist .pytest_cache .ruff_cache .hypothesis

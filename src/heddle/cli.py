@@ -276,6 +276,23 @@ def bench_decode(
     )
 
 
+@bench.command("tune")
+def bench_tune(
+    head_dim: str = typer.Option("64,128,256", help="Head dims to tune for; several with commas."),
+    repeats: int = typer.Option(10, help="Rounds that count; every candidate runs once a round."),
+    tiles: str | None = typer.Option(
+        None, help="The file to write.", show_default="$HEDDLE_TILES, or heddle/tiles.json in the user's cache"
+    ),
+) -> None:
+    """Find the fastest tiles of the Triton kernels on this CUDA device; attend takes them from then on.
+
+    Example: heddle bench tune --head-dim 128
+    """
+    from heddle.bench import tune
+
+    tune.run(head_dim, repeats, tiles)
+
+
 def main() -> None:
     """Run the command; a user's error is one line on stderr and exit code 2."""
     arguments = sys.argv[1:]
