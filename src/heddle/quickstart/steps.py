@@ -217,7 +217,7 @@ def pack(report: Report, display: Display, tokenizer: Any, fast: bool, summary: 
 
 #: What --fast changes of configs/quickstart.yaml.
 FAST = (
-    "training.steps=40", "training.warmup_steps=5", "training.batch_size=4", "training.eval_every=20",
+    "training.steps=30", "training.warmup_steps=5", "training.batch_size=4", "training.eval_every=15",
     "training.eval_batches=1", "training.checkpoint_every=0", "data.window=200_000",
 )  # fmt: skip
 
