@@ -98,7 +98,7 @@ class ProgressBar:
     A context manager; called with each record.
     """
 
-    def __init__(self, steps: int, step: int = 0, console: Console | None = None):
+    def __init__(self, steps: int, console: Console | None = None):
         self._console = console or Console(stderr=True)
         self._steps = steps
         self._training = self._evaluation = ""
@@ -112,7 +112,8 @@ class ProgressBar:
             console=self._console,
             disable=not self._console.is_terminal,
         )
-        self._task = self._bar.add_task("compiling", total=steps, completed=step)
+        self._task = self._bar.add_task("compiling", total=steps)
+        self._begun = False
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -123,6 +124,9 @@ class ProgressBar:
 
     def __call__(self, record: Record) -> None:
         step, plain = record["step"], not self._console.is_terminal
+        if not self._begun:  # a resumed run's first step isn't the first: don't estimate its speed from nothing
+            self._begun = True
+            self._bar.reset(self._task, completed=step - 1)
         if "eval_loss" in record:
             self._evaluation = f"held-out {record['eval_loss']:.4f}"
             self._step(step, self._evaluation, plain)

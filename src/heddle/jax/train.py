@@ -243,36 +243,34 @@ class Trainer:
 
     def _checkpoints(self) -> ocp.CheckpointManager:
         """Asynchronous, and atomic: a checkpoint is written beside and renamed when it is whole."""
-        return ocp.CheckpointManager(
-            (self.output / "checkpoints").resolve(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=self.options.keep, cleanup_tmp_directories=True),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.options.keep, cleanup_tmp_directories=True)
+        return ocp.CheckpointManager((self.output / "checkpoints").resolve(), options=options)
 
     def _save(self, checkpoints: ocp.CheckpointManager) -> None:
-        arrays = ocp.args.StandardSave(_named(replace(self.state, data=None)))
-        data = ocp.args.JsonSave(self.state.data)
-        checkpoints.save(int(self.state.step), args=ocp.args.Composite(state=arrays, data=data))
+        arrays = _named(replace(self.state, data=None))
+        shapes = {name: list(array.shape) for name, array in arrays.items()}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave({"data": self.state.data, "shapes": shapes})
+        )
+        checkpoints.save(int(self.state.step), args=items)
 
     def _restore(self, checkpoints: ocp.CheckpointManager) -> None:
         step = checkpoints.latest_step()
         if step is None:
             return
         arrays = replace(self.state, data=None)
-        shapes = _named(jax.eval_shape(lambda: arrays))
-        saved = checkpoints.item_metadata(step)["state"]
-        for name in {**saved, **shapes}:
-            here, there = (x[name].shape if name in x else "none" for x in (shapes, saved))
-            if here != there:
+        here = _named(jax.eval_shape(lambda: arrays))
+        saved = checkpoints.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
+        for name in sorted({*saved["shapes"], *here}):
+            there, wanted = saved["shapes"].get(name), list(here[name].shape) if name in here else None
+            if there != wanted:
                 raise ValueError(
                     f"{self.output} holds a checkpoint of another model or optimiser: "
-                    f"{name} is {there} there and {here} here"
+                    f"{name} has shape {there} there and {wanted} here"
                 )
-        restored = checkpoints.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore())
-        )
-        leaves = [restored["state"][name] for name in shapes]
-        self.state = replace(jax.tree.unflatten(jax.tree.structure(arrays), leaves), data=restored["data"])
+        restored = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(here)))["state"]
+        state = jax.tree.unflatten(jax.tree.structure(arrays), [restored[name] for name in here])
+        self.state = replace(state, data=saved["data"])
 
 
 def _means(sums: tuple[Array, tuple[Array, dict[str, Array]]]) -> dict[str, Array]:
