@@ -299,7 +299,7 @@ def main() -> None:
     debug = "--debug" in arguments
     try:
         app([a for a in arguments if a != "--debug"])
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, ImportError) as error:
         if debug:
             raise
         message = " ".join(str(error).split())
