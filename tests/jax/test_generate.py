@@ -1,11 +1,14 @@
 """Generation: transformers' own tokens, each prompt as if alone, ends where it is told to, whole characters."""
 
+import heapq
+import inspect
 import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from tiny_models import hugging_face, tokens
 
 from heddle.data.tokenizers import Tokenizer
@@ -40,7 +43,7 @@ def test_greedy_tokens_are_those_of_transformers(model):
         assert completion.text == BYTES.decode(completion.tokens)
 
 
-@pytest.mark.parametrize("sampler", [usual(), RANDOM, usual(1.0, repetition_penalty=1.3)])
+@pytest.mark.parametrize("sampler", [usual(), usual(3.0, top_k=40, repetition_penalty=1.3)])
 def test_a_ragged_batch_is_each_prompt_alone(model, sampler):
     together = generate(model, BYTES, PROMPTS, max_tokens=20, sampler=sampler, seed=[7, 8, 9], **FREE)
     for prompt, seed, completion in zip(PROMPTS, (7, 8, 9), together, strict=True):
@@ -188,12 +191,12 @@ def test_an_answer_that_is_broken_off_is_remembered_as_far_as_it_came(model):
 def test_a_conversations_cache_grows(model, monkeypatch):
     monkeypatch.setattr(MODULE, "LEAST_ROOM", 8)
     past, prompt, rooms = Past(max_len=8), PROMPTS[0], []
-    for _ in range(4):
+    for _ in range(3):
         expected = list(stream(model, BYTES, prompt, max_tokens=12, **FREE))
         assert list(stream(model, BYTES, prompt, past=past, max_tokens=12, **FREE)) == expected
         rooms.append(past.cache.max_len)
         prompt = [*prompt, *(piece.token for piece in expected)]
-    assert rooms == [16, 32, 64, 64]
+    assert rooms == [16, 32, 64]
 
 
 # ---------------------------------------------------------------------- arguments
@@ -250,18 +253,19 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
 
 @pytest.mark.slow
 def test_smollm2s_logits_are_those_of_transformers(smollm2, tmp_path):
-    import heapq
-    import inspect
-
-    import transformers
-
     model, tokenizer = smollm2
     model.save_pretrained(tmp_path / "model", tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     text = inspect.getsource(heapq)
     ids = np.asarray(tokenizer.encode(text))[None, :512]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model")(text).input_ids[:512] == ids[0].tolist()
-    with torch.inference_mode():
-        expected = theirs(torch.from_numpy(ids)).logits.numpy()
+
+    def theirs(dtype):
+        peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+        with torch.inference_mode():
+            return peer(torch.from_numpy(ids)).logits.numpy()
+
+    # Logits reach 30 here, and float32's rounding alone takes transformers 1e-4 away from its own float64.
+    exact, rounded = theirs(torch.float64), theirs(torch.float32)
     found = np.asarray(model(jnp.asarray(ids)))
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(found, exact, rtol=5e-6, atol=1e-4)
+    assert np.square(found - exact).mean() ** 0.5 < 2 * np.square(rounded - exact).mean() ** 0.5 < 1e-4

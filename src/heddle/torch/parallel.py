@@ -19,6 +19,9 @@ from heddle.attention.mask import Mask
 from heddle.attention.merge import merge
 from heddle.attention.ring import ring_backward, ring_forward
 
+# torch 2.13 gave it another name, and warns of the old one.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
 
 @overload
 def context_attend(
@@ -128,7 +131,7 @@ def _check_even(mask: Mask, key: Tensor, group: ProcessGroup) -> None:
     mine = torch.tensor([key.shape[1]], device=key.device)
     lengths = mask.keep(
         ("keys of the processes", group.group_name, key.shape[1]),
-        lambda: collectives.all_gather_tensor(mine, 0, group).cpu(),
+        lambda: _all_gather(mine, 0, group).cpu(),
         lambda lengths: lengths,
     )
     if len(set(lengths.tolist())) > 1:
@@ -148,7 +151,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return collectives.all_gather_tensor(x.contiguous(), 1, group)
+        return _all_gather(x.contiguous(), 1, group)
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
