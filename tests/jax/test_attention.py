@@ -90,17 +90,17 @@ def test_long(case):
     check(case, "xla")
 
 
-SOME = ["documents-differ-by-row", "window-with-sinks", "value-dim-larger"]
+SOME = [CASES[IDS.index(name)] for name in ("documents-differ-by-row", "window-with-sinks", "value-dim-larger")]
 
 
-@pytest.mark.parametrize("case", [CASES[IDS.index(name)] for name in SOME], ids=SOME)
+@pytest.mark.parametrize("case", [*SOME, LONG[2]], ids=lambda case: case.name)
 def test_case_in_float64(case):
     with jax.enable_x64(True):
         check(case, "xla", "float64")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("case", [CASES[IDS.index(name)] for name in SOME], ids=SOME)
+@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 def test_case_in_half_precision(case, dtype):
     check(case, "xla", dtype)
 

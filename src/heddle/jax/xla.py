@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
 from jaxtyping import Float
 
 from heddle.attention.arrays import Array
@@ -66,7 +67,7 @@ def xla_backward(
 ]:
     """dq, dk, dv of :func:`xla`; ``out`` and ``lse`` may be over more keys than these."""
     query, key, value, mask, *rest = _vary_alike(query, key, value, mask, out, lse, d_out, d_lse)
-    return _fold_vmap(partial(_backward, scale=scale))(mask, query, key, value, *rest)
+    return _batched(_backward, scale)(mask, query, key, value, *rest)
 
 
 def _vary_alike(*arrays: Any) -> Any:
@@ -80,7 +81,7 @@ def _vary_alike(*arrays: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(query, key, value, mask, scale):
-    return _fold_vmap(partial(_forward, scale=scale))(mask, query, key, value)
+    return _batched(_forward, scale)(mask, query, key, value)
 
 
 def _attend_forward(query, key, value, mask, scale):
@@ -89,18 +90,22 @@ def _attend_forward(query, key, value, mask, scale):
 
 
 def _attend_backward(scale, saved, cotangents):
-    return (*_fold_vmap(partial(_backward, scale=scale))(*saved, *cotangents), None)
+    return (*_batched(_backward, scale)(*saved, *cotangents), None)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function(mask, *arrays)`` with a rule for vmap: the mapped axis joins the batch.
+# ---------------------------------------------------------------- batches, mapped or on several devices
 
-    JAX's own rule would turn every loop as often as the longest and select, each turn, what to keep of its carry.
+
+def _batched(function: Callable[..., Any], scale: float) -> Callable[..., Any]:
+    """``function(mask, query, key, value, *arrays)`` with rules for vmap and for arrays sharded over devices.
+
+    Under vmap the mapped axis joins the batch. JAX's own rule would turn every loop as often as the longest and select,
+    each turn, what to keep of its carry.
     """
-    folded = custom_vmap(function)
+    folded = custom_vmap(_split_over_devices(partial(function, scale=scale)))
 
     @folded.def_vmap
     def rule(size, mapped, mask, *arrays):
@@ -119,6 +124,33 @@ def _fold_vmap(function: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(x.reshape(size, batch, *x.shape[1:]) for x in results), (True,) * len(results)
 
     return folded
+
+
+def _split_over_devices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Each device computes its part of the batch and of the heads, if a jitted program has them sharded.
+
+    XLA's own rule would gather the batch everywhere, since a loop over sequences slices it.
+    """
+
+    def split(mask, query, key, value, *arrays):
+        group = query.shape[2] // key.shape[2]
+        h, g = ("(h g)", {"g": group}) if group > 1 else ("h", {})
+        rows = "b" if mask.start.shape[0] > 1 else "m"
+        q, k, v, out, lse = f"b t {h} d", "b s h d", "b s h e", f"b t {h} e", f"b t {h}"
+        given, results = ((out, lse, out, lse), (q, k, v)) if arrays else ((), (out, lse))
+        rule = f"{', '.join((f'{rows} t', f'{rows} t', q, k, v, *given))} -> {', '.join(results)}"
+        whole = (*(["m"] if rows == "m" else []), "t", *g, "d", "s", "e")  # in the order of the rule
+
+        def partition(mesh, arguments, results):
+            results, arguments = jax.tree.map(lambda x: x.sharding, (results, arguments))
+            return mesh, function, results, arguments
+
+        parted = custom_partitioning(lambda *arguments: function(*arguments))
+        # Not decoded: where there are more devices than key heads, a mesh axis may be split.
+        parted.def_partition(partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole, **g)
+        return parted(mask, query, key, value, *arrays)
+
+    return split
 
 
 # ---------------------------------------------------------------- the two passes
@@ -325,9 +357,12 @@ def _block(length: int, at_most: int) -> int:
 def _cut(x, *ranges: tuple[Any, int]):
     """A slice of the leading axes of ``x``, each from where for how many."""
     starts, sizes = zip(*ranges, strict=True)
-    rest = x.shape[len(ranges) :]
-    return lax.dynamic_slice(x, (*starts, *[0] * len(rest)), (*sizes, *rest))
+    return lax.dynamic_slice(x, _corner(x, starts), (*sizes, *x.shape[len(sizes) :]))
 
 
 def _paste(x, tile, *starts):
-    return lax.dynamic_update_slice(x, tile, (*starts, *[0] * (x.ndim - len(starts))))
+    return lax.dynamic_update_slice(x, tile, _corner(x, starts))
+
+
+def _corner(x, starts):
+    return [jnp.asarray(start, jnp.int32) for start in (*starts, *[0] * (x.ndim - len(starts)))]
