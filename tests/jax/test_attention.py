@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from attention_cases import CASES, IDS, Case, oracle, segments
 from heddle import Mask, attend, implementations
@@ -363,3 +363,31 @@ def test_shard_map(replicated):
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     assert_close(run(over_devices), run(together), 5e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 4], ids=["one mask", "a mask each"])
+@pytest.mark.parametrize(
+    "query_spec", [("data", None, "tensor"), ("data",), (None, None, ("data", "tensor")), ()], ids=str
+)
+def test_sharded_under_jit(query_spec, rows):
+    """Batch and heads sharded over the devices of a jitted program, also over more devices than there are key heads:
+    results and gradients are those of one device, and no batch is gathered where the heads divide."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    q, k, v = random(4, 70, 8, 16), random(4, 90, 4, 16, seed=1), random(4, 90, 4, 16, seed=2)
+    mask = Mask.lengths(jnp.arange(4)[:rows] * 10 + 50, 70).on(q)
+
+    def run(q, k, v):
+        def loss(q, k, v):
+            out, lse = attend(q, k, v, mask, implementation="xla", return_lse=True)
+            return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0)), (out, lse)
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    sharding = NamedSharding(mesh, PartitionSpec(*query_spec))
+    given = [
+        jax.device_put(x, sharding) if x.shape[2] % 8 == 0 or len(query_spec) < 3 or query_spec[0] else x
+        for x in (q, k, v)
+    ]
+    assert_close(jax.jit(run)(*given), jax.jit(run)(q, k, v), 5e-5)
+    if query_spec == ("data", None, "tensor"):
+        assert "all-gather" not in jax.jit(run).lower(*given).compile().as_text()

@@ -24,7 +24,7 @@ class Implementation(NamedTuple):
 
     unsupported: Callable[[Array, Array, Array, Mask], str | None]
     run: Callable[[Array, Array, Array, Mask, float], tuple[Array, Array]]
-    backward: Callable[..., tuple[Array, Array, Array]] | None = None
+    backward: Callable[..., tuple[Array, Array, Array]]
 
 
 REFERENCE = Implementation(lambda query, key, value, mask: None, reference, reference_backward)
@@ -84,9 +84,9 @@ def attend(
         ValueError: arguments that disagree.
         NotImplementedError: the named implementation doesn't serve this case (the message says why).
     """
-    mask = _check(query, key, value, mask)
+    mask = check(query, key, value, mask)
     chosen = choose(query, key, value, mask, implementation)
-    out, lse = chosen.run(query, key, value, mask, _scale(query, scale))
+    out, lse = chosen.run(query, key, value, mask, score_scale(query, scale))
     return (out, lse) if return_lse else out
 
 
@@ -107,11 +107,12 @@ def choose(query: Array, key: Array, value: Array, mask: Mask, implementation: s
 
 def implementations(query: Array, key: Array, value: Array, mask: Mask | None = None) -> dict[str, str | None]:
     """Which implementations would serve these arguments, in order of preference: name to None, or to why not."""
-    mask = _check(query, key, value, mask)
+    mask = check(query, key, value, mask)
     return {name: i.unsupported(query, key, value, mask) for name, i in _table(query).items()}
 
 
-def _scale(query: Array, scale: float | None) -> float:
+def score_scale(query: Array, scale: float | None) -> float:
+    """The factor of the scores: ``scale``, checked, or its default."""
     if scale is None:
         return query.shape[-1] ** -0.5  # not checked: torch.compile may trace the size as a symbol
     if not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -119,7 +120,8 @@ def _scale(query: Array, scale: float | None) -> float:
     return float(scale)
 
 
-def _check(query: Array, key: Array, value: Array, mask: Mask | None) -> Mask:
+def check(query: Array, key: Array, value: Array, mask: Mask | None) -> Mask:
+    """:func:`attend`'s checks of its arguments; the mask, in query's framework and on its device."""
     arrays = {"query": query, "key": key, "value": value}
     kind = framework(query)
     xp = namespace(query)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import heapq
 import inspect
 import json
-import os
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .timing import interleave, machine
+from .timing import interleave, machine, memory_reader
 
 PEERS = ("transformers",)
 
@@ -63,7 +61,7 @@ def measure(
 
         steps[name] = whole
         steps[f"{name}, first token"] = lambda _, contender=contender: contender(prompts, 1)
-    steps["bandwidth"] = _reader(weight_bytes)
+    steps["bandwidth"] = memory_reader(weight_bytes)
     timings = interleave(steps, repeats, tell=tell)
 
     batch, first = len(prompts), next(iter(contenders))
@@ -85,14 +83,6 @@ def measure(
             }
         )
     return {"bandwidth": bandwidth, "roofline_tokens_per_s": roofline, "results": results}
-
-
-def _reader(size: int) -> Callable[[int], object]:
-    """Reads so many bytes once, on every core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = np.array_split(np.ones(size // 4, np.float32), cores)
-    pool = ThreadPoolExecutor(cores)
-    return lambda _: list(pool.map(np.sum, parts))
 
 
 def _agreement(ours: np.ndarray, theirs: np.ndarray) -> int:
@@ -150,11 +140,11 @@ def run(
                 "batch": batch,
                 "prompt_tokens": prompt_tokens,
                 "tokens": tokens,
-                "weight_bytes": _weight_bytes(transformer),
+                "weight_bytes": weights_read(transformer),
             },
         }
         prompts = _prompts(tokenizer, batch, prompt_tokens)
-        record |= measure(contenders, prompts, tokens, _weight_bytes(transformer), repeats, status.update)
+        record |= measure(contenders, prompts, tokens, weights_read(transformer), repeats, status.update)
     text = json.dumps(record, indent=2)
     print(text) if as_json else show(record)
     if out is not None:
@@ -163,7 +153,7 @@ def run(
     return record
 
 
-def _weight_bytes(model: Any) -> int:
+def weights_read(model: Any) -> int:
     """What one token reads: all weights, but of an embedding apart from the head one row."""
     import jax
 

@@ -12,9 +12,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 PACKAGES = ("heddle-attention", "numpy", "torch", "jax", "jaxlib", "triton", "transformers")
 
@@ -71,6 +74,21 @@ def interleave(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
+def memory_reader(size: int) -> Callable[[int], object]:
+    """A step for :func:`interleave` that reads ``size`` bytes of memory once, all cores together.
+
+    A dot product: NumPy's sums and maxima are bound by their arithmetic, not by the memory.
+    """
+    cores = _cores()
+    parts = np.array_split(np.ones(size // 4, np.float32), cores)
+    pool = ThreadPoolExecutor(cores)
+    return lambda _: list(pool.map(lambda part: np.dot(part, part), parts))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def peak_memory(step: Callable[[], object]) -> int:
     """The most resident memory of this process, in bytes, while ``step`` runs, above what it holds before.
 
@@ -105,7 +123,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on: processor, cores, memory, versions, the time (UTC)."""
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": _cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "accelerators": _accelerators(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -1,16 +1,40 @@
 """The JAX wing: attention, the transformer and its checkpoints, the KV cache, generation, training."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from heddle.attention.mask import register_pytree
 
 from . import attention as attention
-from .cache import KVCache as KVCache
-from .generate import Completion as Completion
-from .generate import generate as generate
-from .generate import stream as stream
-from .model import Transformer as Transformer
-from .model_config import ModelConfig as ModelConfig
-from .sampling import sampler as sampler
-from .train import Trainer as Trainer
-from .train import TrainState as TrainState
+
+if TYPE_CHECKING:
+    from .cache import KVCache as KVCache
+    from .generation import Completion as Completion
+    from .generation import generate as generate
+    from .generation import stream as stream
+    from .model import Transformer as Transformer
+    from .model_config import ModelConfig as ModelConfig
+    from .sampling import sampler as sampler
+    from .train import Trainer as Trainer
+    from .train import TrainState as TrainState
 
 register_pytree()  # also for a Mask made before JAX was imported
+
+# Attention alone needs none of flax, optax and orbax, which take seconds to import: what does is imported when named.
+_HOMES = {
+    "KVCache": "cache", "Completion": "generation", "generate": "generation", "stream": "generation",
+    "Transformer": "model", "ModelConfig": "model_config", "sampler": "sampling",
+    "Trainer": "train", "TrainState": "train",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

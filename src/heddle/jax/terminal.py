@@ -18,7 +18,7 @@ from rich.console import Console
 
 from heddle.data.tokenizers import Tokenizer
 
-from .generate import Past, Piece, generate, stream
+from .generation import Past, Piece, generate, stream
 from .model import Transformer
 from .sampling import Sampler
 

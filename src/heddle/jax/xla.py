@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float
 
 from heddle.attention.arrays import Array
@@ -127,28 +129,33 @@ def _batched(function: Callable[..., Any], scale: float) -> Callable[..., Any]:
 
 
 def _split_over_devices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Each device computes its part of the batch and of the heads, if a jitted program has them sharded.
+    """Under jit, each device computes the part of the batch and of the heads that it has of the query.
 
     XLA's own rule would gather the batch everywhere, since a loop over sequences slices it.
     """
 
-    def split(mask, query, key, value, *arrays):
-        group = query.shape[2] // key.shape[2]
-        h, g = ("(h g)", {"g": group}) if group > 1 else ("h", {})
-        rows = "b" if mask.start.shape[0] > 1 else "m"
-        q, k, v, out, lse = f"b t {h} d", "b s h d", "b s h e", f"b t {h} e", f"b t {h}"
-        given, results = ((out, lse, out, lse), (q, k, v)) if arrays else ((), (out, lse))
-        rule = f"{', '.join((f'{rows} t', f'{rows} t', q, k, v, *given))} -> {', '.join(results)}"
-        whole = (*(["m"] if rows == "m" else []), "t", *g, "d", "s", "e")  # in the order of the rule
+    def split(mask, query, key, *arrays):
+        one_row, kv_heads = mask.start.shape[0] == 1, key.shape[2]
 
         def partition(mesh, arguments, results):
-            results, arguments = jax.tree.map(lambda x: x.sharding, (results, arguments))
-            return mesh, function, results, arguments
+            def parts(axes) -> int:
+                return math.prod(mesh.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis)
 
+            batch, _, heads, _ = arguments[1].sharding.spec
+            batch = None if query.shape[0] % parts(batch) else batch
+            heads = None if kv_heads % parts(heads) else heads
+            specs = {2: PartitionSpec(None if one_row else batch), 3: PartitionSpec(batch, None, heads)}
+            specs[4] = specs[3]
+            shardings = jax.tree.map(lambda x: NamedSharding(mesh, specs[len(x.shape)]), (results, arguments))
+            return mesh, function, *shardings
+
+        out, lse, q, k, v = "b t h e", "b t h", "b t h d", "b s k d", "b s k e"
+        rows = "m t" if one_row else "b t"
+        given = [rows, rows, q, k, v, *([out, lse, out, lse] if len(arrays) > 1 else [])]
+        made = [q, k, v] if len(arrays) > 1 else [out, lse]
         parted = custom_partitioning(lambda *arguments: function(*arguments))
-        # Not decoded: where there are more devices than key heads, a mesh axis may be split.
-        parted.def_partition(partition, decode_shardings=False, sharding_rule=rule, need_replication_factors=whole, **g)
-        return parted(mask, query, key, value, *arrays)
+        parted.def_partition(partition, sharding_rule=f"{', '.join(given)} -> {', '.join(made)}")
+        return parted(mask, query, key, *arrays)
 
     return split
 

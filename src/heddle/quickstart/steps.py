@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-import os
 import shutil
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from rich.text import Text
 
 import heddle
 from heddle import plot
+from heddle.bench.timing import interleave, memory_reader
 
 from .display import Display
 from .report import Report
@@ -29,7 +28,7 @@ def answer(report: Report, display: Display, fast: bool, summary: list[str]) -> 
     import jax
 
     from heddle.data.tokenizers import Tokenizer
-    from heddle.jax.generate import stream
+    from heddle.jax.generation import stream
     from heddle.jax.model import Transformer
 
     display.show(Text("Loading SmolLM2-135M-Instruct from its GGUF file", style="dim"))
@@ -40,13 +39,14 @@ def answer(report: Report, display: Display, fast: bool, summary: list[str]) -> 
     display.show(Text("Compiling", style="dim"))
     list(stream(model, tokenizer, prompt, max_tokens=2))
 
-    bandwidth = _read_bandwidth()
+    read = memory_reader(size)
+    passes = interleave({"read": read}, 3)["read"].seconds
     answer, times = "", [time.perf_counter()]
     for piece in stream(model, tokenizer, prompt, max_tokens=32 if fast else 128):
         answer += piece.text
         times.append(time.perf_counter())
         display.show(Text.assemble((f"{QUESTION}\n", "bold"), answer))
-    bandwidth = max(bandwidth, _read_bandwidth())
+    bandwidth = size / min(passes + interleave({"read": read}, 3)["read"].seconds)
 
     steps = 1e3 * np.diff(times[1:])  # milliseconds a token, without the first one's prefill
     rate, roofline = 1e3 / float(np.median(steps)), bandwidth / size
@@ -88,19 +88,6 @@ def answer(report: Report, display: Display, fast: bool, summary: list[str]) -> 
     )
     report.picture("decoding", picture)
     return model, tokenizer
-
-
-def _read_bandwidth(size: int = 2**28, repeats: int = 5) -> float:
-    """Bytes of memory that all cores together read in a second: the best of some passes over a large array."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parts = np.array_split(np.ones(size // 4, np.float32), cores)
-    with ThreadPoolExecutor(cores) as pool:
-        seconds = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            list(pool.map(lambda part: np.dot(part, part), parts))
-            seconds.append(time.perf_counter() - began)
-    return size / min(seconds)
 
 
 PASSAGE = (
@@ -229,7 +216,7 @@ def train(report: Report, display: Display, fast: bool, summary: list[str]) -> N
     from heddle.config import load_config
     from heddle.data.tokenizers import Tokenizer
     from heddle.jax import run
-    from heddle.jax.generate import generate
+    from heddle.jax.generation import generate
     from heddle.jax.sampling import sampler
 
     folder = report.folder / "training"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from heddle.attention.attend import Implementation, _check, _scale, attend, choose
+from heddle.attention.attend import Implementation, attend, check, choose, score_scale
 from heddle.attention.balance import unpermute
 from heddle.attention.mask import Mask
 from heddle.attention.merge import merge
@@ -73,13 +73,13 @@ def context_attend(
         raise ValueError(f"method must be 'all_gather' or 'ring', got {method!r}")
     if mask is None:
         mask = Mask.full(query.shape[1], dist.get_world_size(group) * key.shape[1], like=query)
-    mask = _check(query, key, value, mask)
+    mask = check(query, key, value, mask)
     _check_even(mask, key, group)
     if method == "all_gather":
         key, value = _gather(key, group), _gather(value, group)
         out, lse = attend(query, key, value, mask, scale=scale, implementation=implementation, return_lse=True)
     else:
-        out, lse = _ring_attend(query, key, value, mask, group, _scale(query, scale), implementation)  # type: ignore
+        out, lse = _ring_attend(query, key, value, mask, group, score_scale(query, scale), implementation)  # type: ignore
     return (out, lse) if return_lse else out
 
 
@@ -172,10 +172,6 @@ def _ring_attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, group: ProcessGroup, scale: float, implementation: str | None
 ) -> tuple[Tensor, Tensor]:
     chosen = choose(query, key, value, mask, implementation)
-    if chosen.backward is None:
-        raise NotImplementedError(
-            f"implementation {implementation!r} has no backward of a part of the keys, as rings need"
-        )
     if not mask.prefix:
         return _Ring.apply(query, key, value, mask, group, scale, chosen)  # type: ignore[return-value]
     # The keys of the prefix are few: all processes get them, as one more part; the ring has what lies behind them.

@@ -2,7 +2,6 @@
 
 import heapq
 import inspect
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,10 @@ import transformers
 from tiny_models import hugging_face, tokens
 
 from heddle.data.tokenizers import Tokenizer
-from heddle.jax import Completion, Transformer, generate, stream
+from heddle.jax import Completion, Transformer, generate, generation, stream
 from heddle.jax import sampler as usual
-from heddle.jax.generate import PREFILL, STEPS, Past, _Answer, _decode, _pieces_of, _prefill
+from heddle.jax.generation import PREFILL, STEPS, Past, _Answer, _decode, _pieces_of, _prefill
 
-MODULE = sys.modules["heddle.jax.generate"]  # the package's attribute of that name is the function
 BYTES = Tokenizer.bytes()
 PROMPTS = [tokens(n, seed=n).tolist() for n in (3, 40, 11)]
 FREE = {"stop_ids": ()}  # nothing ends a text but its length
@@ -162,7 +160,7 @@ def test_pieces_cover_every_length():
 
 def test_a_conversation_reads_only_what_is_new(model, monkeypatch):
     read = []
-    monkeypatch.setattr(MODULE, "_pieces_of", lambda n: read.append(n) or _pieces_of(n))
+    monkeypatch.setattr(generation, "_pieces_of", lambda n: read.append(n) or _pieces_of(n))
     past, prompt = Past(), PROMPTS[2]
     options = {"max_tokens": 6, **FREE}
     for _ in range(3):
@@ -189,7 +187,7 @@ def test_an_answer_that_is_broken_off_is_remembered_as_far_as_it_came(model):
 
 
 def test_a_conversations_cache_grows(model, monkeypatch):
-    monkeypatch.setattr(MODULE, "LEAST_ROOM", 8)
+    monkeypatch.setattr(generation, "LEAST_ROOM", 8)
     past, prompt, rooms = Past(max_len=8), PROMPTS[0], []
     for _ in range(3):
         expected = list(stream(model, BYTES, prompt, max_tokens=12, **FREE))
