@@ -43,7 +43,7 @@ def measure(
     seen = problem.mask.counts(problem.seq) > 0
     first = next(iter(outputs.values()))
     differences = {name: float(np.abs(out - first)[seen].max()) for name, out in outputs.items()}
-    timings = interleave(steps, repeats, tell=tell)
+    timings = interleave(steps, repeats, lead_in=True, tell=tell)
     del steps, outputs, first
     records = []
     for name, contender in contenders.items():

@@ -45,6 +45,7 @@ def interleave(
     steps: Mapping[str, Callable[[int], object]],
     repeats: int,
     warm_up: int = 1,
+    lead_in: bool = False,
     tell: Callable[[str], object] = lambda message: None,
 ) -> dict[str, Timing]:
     """Run the steps round by round, each once a round, so that a noisy minute falls on all of them alike.
@@ -54,6 +55,8 @@ def interleave(
             done, not only queued.
         repeats: rounds that count.
         warm_up: rounds before those.
+        lead_in: run each step once more right before its time is taken, with other inputs. The threads of the one
+            before, of another framework perhaps, spin a while for more work, and its memory has just been given back.
         tell: is told what runs now.
 
     Raises:
@@ -67,6 +70,8 @@ def interleave(
         shift = round_ % len(names)  # no step always follows the same one
         for name in names[shift:] + names[:shift]:
             tell(f"round {round_ + 1} of {repeats}: {name}" if round_ >= 0 else f"warming up: {name}")
+            if lead_in:
+                steps[name](round_ - 1)
             began = time.perf_counter()
             steps[name](round_)
             if round_ >= 0:
