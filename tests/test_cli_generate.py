@@ -88,6 +88,8 @@ def test_several_prompts_are_a_batch_of_json_lines(folder, pair):
         (["-p", "x", "--temperature", "nan"], "temperature must be a number of at least 0, got nan"),
         (["--model", "MODEL", "-p", "x" * 200], "must be shorter than the model's context of 96 tokens, got 205"),
         (["--model", "MODEL", "-p", "x", "--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
+        (["--max-tokens", "ten"], "Invalid value for '--max-tokens'"),
+        (["--maximum", "3"], "No such option: --maximum"),
         (["--model", "MODEL", "-p", "", "--raw"], "prompts[0] must hold at least one token, got []"),
         (["--model", "MODEL", "-p", "x", "--raw", "--system", "y"], "--system must go with a chat template"),
     ],

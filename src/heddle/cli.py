@@ -293,15 +293,28 @@ def bench_tune(
     tune.run(head_dim, repeats, tiles)
 
 
+UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # typer gives it no name
+
+
 def main() -> None:
     """Run the command; a user's error is one line on stderr and exit code 2."""
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app([a for a in arguments if a != "--debug"])
+        code = app([a for a in arguments if a != "--debug"], prog_name="heddle", standalone_mode=False)
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx else "heddle"  # type: ignore[attr-defined]
+        if not (message := error.format_message()):  # type: ignore[attr-defined]  # its help has been shown instead
+            raise SystemExit(2) from None
+        message = f"{message} See {where} --help."
     except (ValueError, NotImplementedError, OSError, ImportError) as error:
         if debug:
             raise
-        message = " ".join(str(error).split())
-        Console(stderr=True, soft_wrap=True).print(f"heddle: {message}", style="red", markup=False, highlight=False)
-        raise SystemExit(2) from None
+        message = str(error)
+    except typer.Abort:
+        raise SystemExit(130) from None
+    else:
+        raise SystemExit(code)
+    message = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True).print(f"heddle: {message}", style="red", markup=False, highlight=False)
+    raise SystemExit(2)
