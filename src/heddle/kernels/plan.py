@@ -180,6 +180,14 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def arguments(self, *arrays: Any) -> dict[str, Any]:
+        """The kernel's arguments by name, in its own order; ``arrays`` are the inputs, then the outputs."""
+        numbers = self.integers | self.constants
+        left = iter(arrays)
+        named = {name: numbers[name] if name in numbers else next(left) for name in self.kernel.arg_names}
+        assert len(named) == len(arrays) + len(numbers), "arrays and numbers are not the kernel's"
+        return named
+
 
 def plan_forward(problem: Problem, block: Tile) -> Launch:
     """Inputs: q, k, v, start, stop, schedule (of the rows). Outputs: out, lse."""

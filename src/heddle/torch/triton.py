@@ -111,7 +111,7 @@ def _launch(launch: Any, dtype: torch.dtype, *inputs: Tensor) -> list[Tensor]:
     outputs = [torch.empty(shape, dtype=dtypes[kind], device=like.device) for kind, shape in launch.outputs]
     numbers = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(like):
-        launch.kernel[launch.grid](*inputs, *outputs, **launch.integers, **launch.constants, **numbers)
+        launch.kernel[launch.grid](**launch.arguments(*inputs, *outputs), **numbers)
     return outputs
 
 
