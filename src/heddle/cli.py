@@ -211,6 +211,10 @@ def bench_attention(
     ),
     repeats: int = typer.Option(10, help="Rounds that count; every contender runs once a round."),
     memory: bool = typer.Option(False, "--memory", help="Also the peak memory, each contender in a new process."),
+    context_parallel: int = typer.Option(1, help="Also context_attend over so many ranks, by method and balance."),
+    show_mask: bool = typer.Option(
+        False, "--show-mask", help="Also draw the first sequence's mask, into --out if given."
+    ),
     seed: int = typer.Option(0, help="For the documents' lengths and the inputs."),
     json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
     out: str | None = typer.Option(None, help="A directory for attention.json and attention.html."),
@@ -240,6 +244,8 @@ def bench_attention(
         peers=peers,
         repeats=repeats,
         memory=memory,
+        context_parallel=context_parallel,
+        show_mask=show_mask,
         as_json=json,
         out=out,
         command=["heddle", *sys.argv[1:]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from heddle.attention import Mask, balance
 from heddle.attention.mask import PADDING_SEGMENT_ID
@@ -122,14 +123,16 @@ def from_options(
 
     ranks = None
     if context_parallel > 1:
-        if balanced == "area":
-            # Enough chunks to deal even where a rank's share is small.
-            chunk = chunk or max(1, min(128, seq // context_parallel // 8))
-            order = balance.by_area(mask, context_parallel, chunk)
-        else:
-            order = (balance.zigzag if balanced == "zigzag" else balance.contiguous)(seq, context_parallel)
-        ranks = Ranks(order, context_parallel, balanced)
+        ranks = Ranks(rank_order(mask, context_parallel, balanced, chunk), context_parallel, balanced)
     return Drawn(mask, seq, name, segments, ranks)
+
+
+def rank_order(mask: Mask, ranks: int, balanced: str, chunk: int | None = None) -> Int[np.ndarray, " q_len"]:
+    """Who holds which queries (see :mod:`heddle.attention.balance`) by the name of the balance."""
+    if balanced == "area":
+        # Enough chunks to deal even where a rank's share is small.
+        return balance.by_area(mask, ranks, chunk or max(1, min(128, mask.q_len // ranks // 8)))
+    return (balance.zigzag if balanced == "zigzag" else balance.contiguous)(mask.q_len, ranks)
 
 
 def parse_lengths(text: str | None) -> list[int] | None:

@@ -18,7 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .attention_peers import OURS, PEERS, Contender, Problem, choose, implementation
+from heddle import mask_picture
+
+from . import context_parallel as ranks
+from .attention_peers import FRAMEWORKS, OURS, PEERS, Contender, Problem, choose, implementation
 from .timing import Timing, interleave, machine, peak_memory
 
 
@@ -103,21 +106,46 @@ def run(
     peers: str = "all",
     repeats: int = 10,
     memory: bool = False,
+    context_parallel: int = 1,
+    show_mask: bool = False,
     as_json: bool = False,
     out: str | Path | None = None,
     command: Sequence[str] = ("heddle", "bench", "attention"),
 ) -> dict[str, Any]:
     """Measure ``problem`` at each length of ``seq``, print tables (or JSON); with ``out`` write JSON and a page there.
 
+    With ``context_parallel`` also ``context_attend`` over so many ranks; with ``show_mask`` also draw the first
+    sequence's mask, into ``out`` or the terminal.
+
     Raises:
         ValueError: options that can't be, by the option's name.
     """
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
+    if context_parallel < 1:
+        raise ValueError(f"--context-parallel must be at least 1, got {context_parallel}")
+    if memory and context_parallel > 1:
+        raise ValueError("--memory measures one process: give it without --context-parallel")
     # Before the first minute is spent every option has been read, the documents drawn.
     problems = [dataclasses.replace(problem, seq=n) for n in seq]
     visible = {str(each.seq): each.visible for each in problems}
     chosen = [choose(each, framework, peers) for each in problems]
+    if context_parallel > 1:
+        spread = ranks.contenders(FRAMEWORKS if framework == "both" else (framework,), context_parallel)
+        for each, (contenders, not_run) in zip(problems, chosen, strict=True):
+            for name, contender in spread.items():
+                why = contender.unsupported(each)
+                contenders |= {name: contender} if why is None else {}
+                not_run |= {name: why} if why is not None else {}
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    for each in problems if show_mask else ():
+        drawn = each.drawn(0, context_parallel)
+        if folder is not None:
+            mask_picture.write(drawn, folder / f"mask-{each.seq}")
+        elif not as_json:
+            mask_picture.show(drawn)
     results, absent = [], {}
     with Console(stderr=True).status("") as status:
         for each, (contenders, not_run) in zip(problems, chosen, strict=True):
@@ -134,6 +162,10 @@ def run(
         "problem": {name: value for name, value in dataclasses.asdict(problem).items() if name != "seq"},
         "visible": visible,
         "memory": memory,
+        "context_parallel": context_parallel,
+        "area_max_over_mean": {
+            str(each.seq): ranks.areas(each, context_parallel) for each in problems if context_parallel > 1
+        },
         "results": results,
         "not_run": absent,
     }
@@ -142,9 +174,7 @@ def run(
         print(text)
     else:
         show(record)
-    if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
         (folder / "attention.json").write_text(text + "\n")
         page(record, folder / "attention.html")
     return record
@@ -198,6 +228,9 @@ def notes(record: dict[str, Any]) -> list[str]:
     ]
     if record["memory"]:
         lines.append("peak: resident memory above the inputs', each contender alone in a new process.")
+    for seq, shares in record["area_max_over_mean"].items():
+        said = ", ".join(f"{balanced} {share:.3f}" for balanced, share in shares.items())
+        lines.append(f"visible pairs of {record['context_parallel']} ranks, max/mean at {int(seq):,} tokens: {said}")
     return lines + [f"{name} did not run: {why}" for name, why in record["not_run"].items()]
 
 

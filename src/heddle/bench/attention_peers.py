@@ -12,6 +12,7 @@ import numpy as np
 
 from heddle.attention import Mask, implementations
 from heddle.mask_options import from_options
+from heddle.mask_picture import Drawn
 
 DTYPES = ("float32", "bfloat16", "float16")
 FRAMEWORKS = ("torch", "jax")
@@ -55,12 +56,17 @@ class Problem:
         """Each sequence's mask and its documents' lengths."""
         rows = []
         for b in range(self.batch):
-            drawn = from_options(
-                seq=self.seq, documents=self.documents, window=self.window, padding=self.pad, seed=self.seed + b
-            )
+            drawn = self.drawn(b)
             assert drawn.segments is not None  # it has documents
             rows.append((drawn.mask, np.bincount(drawn.segments[drawn.segments >= 0]).tolist()))
         return rows
+
+    def drawn(self, row: int, context_parallel: int = 1) -> Drawn:
+        """A sequence's mask, as ``heddle mask`` draws it."""
+        return from_options(
+            seq=self.seq, documents=self.documents, window=self.window, padding=self.pad, seed=self.seed + row,
+            context_parallel=context_parallel,
+        )  # fmt: skip
 
     @functools.cached_property
     def mask(self) -> Mask:

@@ -84,13 +84,13 @@ def memory_reader(size: int) -> Callable[[int], object]:
 
     A dot product: NumPy's sums and maxima are bound by their arithmetic, not by the memory.
     """
-    cores = _cores()
-    parts = np.array_split(np.ones(size // 4, np.float32), cores)
-    pool = ThreadPoolExecutor(cores)
+    parts = np.array_split(np.ones(size // 4, np.float32), cores())
+    pool = ThreadPoolExecutor(cores())
     return lambda _: list(pool.map(lambda part: np.dot(part, part), parts))
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -128,7 +128,7 @@ def machine() -> dict[str, Any]:
     """What the figures depend on: processor, cores, memory, versions, the time (UTC)."""
     return {
         "processor": _processor(),
-        "cores": _cores(),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "accelerators": _accelerators(),
         "system": f"{platform.system()} {platform.machine()}",
