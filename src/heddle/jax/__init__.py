@@ -9,6 +9,14 @@ from . import attention as attention
 
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
+    from .dot_product import dot_product_attention as dot_product_attention
+    from .dot_product import nnx_attention as nnx_attention
+    from .flash import FlashAttentionParamsConfig as FlashAttentionParamsConfig
+    from .flash import attention_specs as attention_specs
+    from .flash import create_attention_mask as create_attention_mask
+    from .flash import flash_attention as flash_attention
+    from .flash import permute_tokens_context_parallelism as permute_tokens_context_parallelism
+    from .flash import unpermute_tokens_context_parallelism as unpermute_tokens_context_parallelism
     from .generation import Completion as Completion
     from .generation import generate as generate
     from .generation import stream as stream
@@ -22,7 +30,12 @@ register_pytree()  # also for a Mask made before JAX was imported
 
 # Attention alone needs none of flax, optax and orbax, which take seconds to import: what does is imported when named.
 _HOMES = {
-    "KVCache": "cache", "Completion": "generation", "generate": "generation", "stream": "generation",
+    "KVCache": "cache", "dot_product_attention": "dot_product", "nnx_attention": "dot_product",
+    "FlashAttentionParamsConfig": "flash", "attention_specs": "flash",
+    "create_attention_mask": "flash", "flash_attention": "flash",
+    "permute_tokens_context_parallelism": "flash",
+    "unpermute_tokens_context_parallelism": "flash",
+    "Completion": "generation", "generate": "generation", "stream": "generation",
     "Transformer": "model", "ModelConfig": "model_config", "sampler": "sampling",
     "Trainer": "train", "TrainState": "train",
 }  # fmt: skip

@@ -32,7 +32,7 @@ Tiles = tuple["Tile", "Tile", "Tile", "Tile"]  # of the forward, dK/dV, dQ and d
 def unsupported(query: Array, key: Array, value: Array, mask: Mask) -> str | None:
     if not INSTALLED:
         return "the triton package is not installed"
-    device = _device(query)
+    device = device_of(query)
     if device.platform != "gpu":
         return f"its kernels run on CUDA, the arrays are on {device.platform}"
     if not hasattr(_launcher(), "TritonKernel"):
@@ -196,7 +196,7 @@ def _call(launch: Launch, outputs: tuple[jax.ShapeDtypeStruct, ...], *inputs: Ar
         launch.num_stages,
         _gpu()[0],
     )
-    return jax.ffi.ffi_call("triton_kernel_call_ffi", outputs)(*inputs, name=name, opaque=program)
+    return jax.ffi.ffi_call("triton_kernel_call_ffi", outputs)(*inputs, name=name, opaque=program)  # type: ignore
 
 
 @functools.cache
@@ -258,7 +258,8 @@ def _launcher() -> Any:
     return gpu_triton
 
 
-def _device(array: Array) -> Any:
+def device_of(array: Array) -> Any:
+    """The device that ``array`` is on, or while JAX traces the one that it computes on by default."""
     if is_concrete(array):
         return next(iter(array.devices()))
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
