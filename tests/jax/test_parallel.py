@@ -30,6 +30,9 @@ PACKED = segments(30, 5, 17, padding=12)
 ROWS = np.concatenate([PACKED, segments(64), segments(9, 40, padding=15), segments(64)])
 AXES = ("context",)
 
+#: For programs that take longer to compile than to run.
+jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 def mesh_of(*sizes: int, names=AXES, kind=AxisType.Auto) -> jax.sharding.Mesh:
     count = int(np.prod(sizes))
@@ -103,7 +106,7 @@ def check(case: Case, deal: Callable, method: str, mesh) -> None:
     order = deal(mask, mesh.size)
     part = mask if order is None else mask.take(order)
 
-    @jax.jit
+    @jit
     def run(arrays):
         def forward(query, key, value):
             return context_attend(
@@ -136,19 +139,26 @@ def test_reference_implementation(method):
 MANY = Case("rows", SEQ, SEQ, lambda: Mask.documents(ROWS), batch=4, heads=4, kv_heads=2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+DATA_TENSOR = ("data", "context", "tensor"), "data", "tensor"
+FSDP = ("data", "fsdp", "context"), ("data", "fsdp"), None
+
+
 @pytest.mark.parametrize(
-    ("names", "batch", "heads", "kv_heads"),
+    ("axes", "kv_heads", "kind", "method"),
     [
-        (("data", "context", "tensor"), "data", "tensor", 2),
-        (("data", "context", "tensor"), "data", "tensor", 1),
-        (("data", "fsdp", "context"), ("data", "fsdp"), None, 2),
+        (DATA_TENSOR, 2, AxisType.Auto, "all_gather"),
+        (DATA_TENSOR, 2, AxisType.Auto, "ring"),
+        (DATA_TENSOR, 2, AxisType.Explicit, "all_gather"),
+        (DATA_TENSOR, 1, AxisType.Explicit, "ring"),
+        (DATA_TENSOR, 1, AxisType.Auto, "all_gather"),
+        (FSDP, 2, AxisType.Auto, "ring"),
+        (FSDP, 2, AxisType.Explicit, "all_gather"),
     ],
-    ids=["data-tensor", "multi-query", "data-fsdp"],
+    ids=str,
 )
-def test_with_other_axes(names, batch, heads, kv_heads, kind, method):
+def test_with_other_axes(axes, kv_heads, kind, method):
     """Explicit axes say themselves what the batch and the heads are spread over."""
+    names, batch, heads = axes
     mesh = mesh_of(2, 2, 2, names=names, kind=kind)
     case = Case("rows", SEQ, SEQ, lambda: Mask.documents(ROWS), batch=4, heads=4, kv_heads=kv_heads)
     spec = PartitionSpec(batch, "context", heads)
@@ -158,12 +168,12 @@ def test_with_other_axes(names, batch, heads, kv_heads, kind, method):
         name: jax.device_put(x, NamedSharding(mesh, key_spec if name in ("key", "value") else spec))
         for name, x in in_order(arrays, order).items()
     }
-    axes = {"batch_axis": batch, "head_axis": heads} if kind == AxisType.Auto else {}
+    options = {"batch_axis": batch, "head_axis": heads} if kind == AxisType.Auto else {}
 
-    @jax.jit
+    @jit
     def run(arrays, mask):
         def forward(query, key, value):
-            return context_attend(query, key, value, mask, "context", method, mesh=mesh, return_lse=True, **axes)
+            return context_attend(query, key, value, mask, "context", method, mesh=mesh, return_lse=True, **options)
 
         return values_and_gradients(forward, **arrays)
 
@@ -193,14 +203,14 @@ def traffic(text: str) -> set[tuple[str, str]]:
     ],
 )
 def test_what_is_exchanged(method, expected):
-    """Keys in their own dtype, their gradients in float32; the batch and the heads stay where they are."""
+    """Keys in their own dtype, their gradients in float32; what is spread over other axes stays where it is."""
     mesh = mesh_of(2, 2, 2, names=("data", "context", "tensor"))
     sharding = NamedSharding(mesh, PartitionSpec("data", "context", "tensor"))
     arrays = {name: jax.device_put(x.astype("bfloat16"), sharding) for name, x in MANY.arrays().items()}
     arrays["d_lse"] = arrays["d_lse"].astype("float32")
     mask = shard(MANY.mask(), "context", mesh=mesh, batch_axis="data")
 
-    @jax.jit
+    @jit
     def run(arrays, mask):
         forward = partial(
             context_attend, mask=mask, axis="context", method=method, mesh=mesh, batch_axis="data", head_axis="tensor",
@@ -208,9 +218,10 @@ def test_what_is_exchanged(method, expected):
         )  # fmt: skip
         return values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays)
 
-    # Lowered, not compiled: XLA for CPU widens bfloat16.
-    text = run.lower(arrays, mask).as_text(dialect="hlo")
-    assert traffic(text) == expected
+    lowered = run.lower(arrays, mask)
+    assert traffic(lowered.as_text(dialect="hlo")) == expected
+    # XLA adds nothing to it, but its compiler for CPUs widens bfloat16.
+    assert {kind for kind, _ in traffic(lowered.compile().as_text())} == {kind for kind, _ in expected}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -230,7 +241,7 @@ def test_bfloat16(method):
     arrays = {name: jnp.asarray(x, "bfloat16") for name, x in case.arrays().items()}
     arrays["d_lse"] = arrays["d_lse"].astype("float32")
     forward = partial(context_attend, mask=case.mask(), axis="context", method=method, mesh=mesh_of(4), return_lse=True)
-    got = jax.jit(lambda arrays: values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays))(arrays)
+    got = jit(lambda arrays: values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays))(arrays)
     assert {name: x.dtype.name for name, x in got.items()} == {
         "out": "bfloat16", "lse": "float32", "dq": "bfloat16", "dk": "bfloat16", "dv": "bfloat16"
     }  # fmt: skip
@@ -253,7 +264,7 @@ def documents(draw):
     return np.stack(rows).astype(np.int32), (4 * np.array(chunks)[:, None] + np.arange(4)).reshape(-1)
 
 
-@partial(jax.jit, static_argnames="method")
+@partial(jit, static_argnames="method")
 def attended(arrays, mask, method):
     forward = partial(context_attend, mask=mask, axis="context", method=method, mesh=mesh_of(4), return_lse=True)
     return values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays)
@@ -273,14 +284,13 @@ def test_random_documents(method, drawn):
 # ---------------------------------------------------------------- within the user's shard_map
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(("method", "check_vma"), [("all_gather", True), ("ring", True), ("ring", False)])
 def test_within_shard_map(method, check_vma):
     """A layer and its loss, all on the devices' own parts: weights and key heads that all devices have, query heads
     spread over another axis."""
-    mesh = mesh_of(4, 2, names=("context", "tensor"))
+    mesh = mesh_of(2, 2, names=("context", "tensor"))
     mask = Mask.documents(PACKED).on(jnp.zeros(()))
-    order = balance.by_area(mask, 4, chunk=4)
+    order = balance.by_area(mask, 2, chunk=4)
     rng = np.random.default_rng(0)
     x, w_query, w_key = (
         jnp.asarray(rng.standard_normal(shape) * size, "float32")
@@ -308,8 +318,8 @@ def test_within_shard_map(method, check_vma):
         )  # fmt: skip
         return jax.lax.psum(jnp.sum(out**3), ("context", "tensor")), out
 
-    (loss, out), gradients = jax.jit(jax.value_and_grad(together, (0, 1, 2), has_aux=True))(x, w_query, w_key)
-    (want_loss, want_out), want = jax.value_and_grad(alone, (0, 1, 2), has_aux=True)(x, w_query, w_key)
+    (loss, out), gradients = jit(jax.value_and_grad(together, (0, 1, 2), has_aux=True))(x, w_query, w_key)
+    (want_loss, want_out), want = jit(jax.value_and_grad(alone, (0, 1, 2), has_aux=True))(x, w_query, w_key)
     np.testing.assert_allclose(unpermute_tokens(out, order), want_out, atol=1e-5)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
     for got, expected in zip(gradients, want):
@@ -326,9 +336,9 @@ def test_whole_again_within_shard_map():
         whole, double = unshard(shard((x, 2 * x), "context", order), "context", order)
         return (1 + jax.lax.axis_index("context")) * (whole + double)
 
-    got, backward = jax.vjp(wholes, x)
+    got = jit(wholes)(x)
     np.testing.assert_array_equal(got, 3 * x * np.arange(1, 5)[:, None, None])
-    np.testing.assert_array_equal(backward(jnp.ones_like(got))[0], np.full_like(x, 30))
+    np.testing.assert_array_equal(jit(jax.grad(lambda x: wholes(x).sum()))(x), np.full_like(x, 30))
 
 
 # ---------------------------------------------------------------- whole arrays
@@ -339,7 +349,7 @@ def test_whole_again_within_shard_map():
 def test_shard_and_unshard(kind, jitted):
     mesh, order = mesh_of(2, 4, names=("data", "context"), kind=kind), balance.zigzag(SEQ, 4)
     tokens, x, mask = np.arange(2 * SEQ).reshape(2, SEQ), np.ones((2, SEQ, 3)).cumsum(1), Mask.window(SEQ, 9, prefix=4)
-    wrap = jax.jit if jitted else lambda function: function
+    wrap = jit if jitted else lambda function: function
     spread = wrap(partial(shard, axis="context", order=order, mesh=mesh, batch_axis="data"))
     got_tokens, got_mask, got_x = spread((tokens, mask, jnp.asarray(x)))
 
@@ -371,7 +381,7 @@ def test_where_the_mesh_comes_from(kind, jitted):
     case = CASES[1][0]
     arrays = case.arrays()
     want = oracle(case, arrays)["out"]
-    wrap = jax.jit if jitted else lambda function: function
+    wrap = jit if jitted else lambda function: function
     run = wrap(lambda query, key, value: context_attend(query, key, value, case.mask(), "context"))
     query_key_value = [arrays[name] for name in ("query", "key", "value")]
     placed = shard(tuple(query_key_value), "context", mesh=mesh)
@@ -414,6 +424,8 @@ def zeros(length: int, batch: int = 1, heads: int = 4) -> jax.Array:
         (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", mesh=mesh_of(4), implementation="no"),
          "implementation must be one of"),
         (lambda: shard(zeros(33), "context", mesh=mesh_of(4)), "the length along axis 1 must be a multiple of the 4"),
+        (lambda: shard(zeros(32), "context", mesh=mesh_of(2, 4, names=("data", "context")), batch_axis="data"),
+         "the batch must be a multiple of the 2 devices of 'data', got 1"),
         (lambda: shard(zeros(32), "context", np.arange(16), mesh=mesh_of(4)), "order must have the 32 positions"),
         (lambda: within(shard)(zeros(33)), "the length along axis 1 must be a multiple of the 4 devices"),
         (lambda: within(lambda x, axis: context_attend(x, x, x, None, axis, mesh=mesh_of(4)))(zeros(8)),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .generation import stream as stream
     from .model import Transformer as Transformer
     from .model_config import ModelConfig as ModelConfig
+    from .parallel import context_attend as context_attend
     from .sampling import sampler as sampler
     from .train import Trainer as Trainer
     from .train import TrainState as TrainState
@@ -36,7 +37,7 @@ _HOMES = {
     "permute_tokens_context_parallelism": "flash",
     "unpermute_tokens_context_parallelism": "flash",
     "Completion": "generation", "generate": "generation", "stream": "generation",
-    "Transformer": "model", "ModelConfig": "model_config", "sampler": "sampling",
+    "Transformer": "model", "ModelConfig": "model_config", "context_attend": "parallel", "sampler": "sampling",
     "Trainer": "train", "TrainState": "train",
 }  # fmt: skip
 

@@ -154,14 +154,15 @@ def shard(
     _check_share("the length along axis 1", length, axis, over)
     if order is not None:
         x = x.take(rows) if isinstance(x, Mask) else permute_tokens(x, rows)
-    # Neither does what it says for the other type of axis, under jit and without it.
+    # Neither does what it says for the other type of axis, under jit too.
     place = jax.device_put if _is_explicit(over, axis) else lax.with_sharding_constraint
 
-    def spread(array: Any) -> Array:
-        spec = _rows(array, batch_axis, axis)
-        return place(array, spec if mesh is None else NamedSharding(mesh, spec))
-
-    return jax.tree.map(spread, x)
+    batch = x.start.shape[0] if isinstance(x, Mask) else x.shape[0]
+    batch_axis = None if isinstance(x, Mask) and batch == 1 else batch_axis
+    _check_share("the batch", batch, batch_axis, over)
+    spec = PartitionSpec(batch_axis, axis)
+    sharding = spec if mesh is None else NamedSharding(mesh, spec)
+    return jax.tree.map(lambda array: place(array, sharding), x)
 
 
 def unshard(x: Any, axis: str, order: Int[np.ndarray, " seq"] | None = None) -> Any:
@@ -217,17 +218,12 @@ def _check_share(what: str, size: int, axes: Axes, mesh: Mesh | AbstractMesh) ->
         raise ValueError(f"{what} must be a multiple of the {devices} devices of {axes!r}, got {size}: pad it")
 
 
-def _rows(array: Any, batch_axis: Axes, axis: str) -> PartitionSpec:
-    """Of ``(batch | 1, seq, ...)``."""
-    return PartitionSpec(None if array.shape[0] == 1 else batch_axis, axis)
-
-
 @partial(jax.jit, static_argnames=("mesh", "spec", "axis", "method", "scale", "implementation"))
 def _spread_attend(query, key, value, mask, *, mesh, spec, axis, method, scale, implementation):
     """:func:`_attend` over a mesh, of whole arrays; ``spec`` is the query's."""
     batch, _, heads = spec
     kv_spec = PartitionSpec(batch, axis, None if key.shape[2] == 1 else heads)
-    mask_spec = _rows(mask.start, batch, axis)
+    mask_spec = PartitionSpec(None if mask.start.shape[0] == 1 else batch, axis)
     if _is_explicit(mesh, axis):  # where nothing is moved unless one says so, and a mask may come from anywhere
         mask = jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, mask_spec)), mask)
     local = partial(_attend, axis=axis, method=method, scale=scale, implementation=implementation)
