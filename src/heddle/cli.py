@@ -282,6 +282,21 @@ def bench_decode(
     )
 
 
+@bench.command("report")
+def bench_report(
+    folder: str = typer.Argument(help="Where heddle bench wrote, with --out; results of tests (JUnit XML) count too."),
+    out: str = typer.Option(..., help="The Markdown file."),
+    title: str = typer.Option("Measurements", help="Its heading."),
+) -> None:
+    """Put all that was measured into one page of Markdown, with the commands, the machine and the versions.
+
+    Example: heddle bench report out/bench --out measurements.md
+    """
+    from heddle.bench import report
+
+    print(report.write(folder, out, title))
+
+
 @bench.command("tune")
 def bench_tune(
     head_dim: str = typer.Option("64,128,256", help="Head dims to tune for; several with commas."),

@@ -216,6 +216,11 @@ def table(record: dict[str, Any], seq: int) -> tuple[list[str], list[list[str]]]
     return header, rows
 
 
+def tables(record: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of text, for each length."""
+    return [table(record, seq) for seq in lengths(record)]
+
+
 def notes(record: dict[str, Any]) -> list[str]:
     """What a reader of the figures must know."""
     m = record["machine"]
@@ -240,8 +245,7 @@ def show(record: dict[str, Any]) -> None:
     if not console.is_terminal:  # nothing is cut off in a file
         console = Console(width=120)
     console.print(title(record), highlight=False, markup=False)
-    for seq in lengths(record):
-        header, rows = table(record, seq)
+    for header, rows in tables(record):
         drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for name in header:
             drawn.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
@@ -272,10 +276,10 @@ def page(record: dict[str, Any], path: Path) -> None:
         elif value:
             values = [value.get((name, measured[0])) for name in names]
             pictures.append(plot.bars({heading: values}, categories=names, title=heading, y=unit))
-    tables = [_html(*table(record, seq)) for seq in measured]
+    written = [_html(*each) for each in tables(record)]
     said = [f'<p class="note">{html.escape(line)}</p>' for line in notes(record)]
     command = f"<pre>{html.escape(record['command'])}</pre>"
-    plot.page(path, "Attention", [f"<p>{html.escape(title(record))}</p>", *pictures, *tables, *said, command])
+    plot.page(path, "Attention", [f"<p>{html.escape(title(record))}</p>", *pictures, *written, *said, command])
 
 
 def _html(header: list[str], rows: list[list[str]]) -> str:

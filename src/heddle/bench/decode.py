@@ -200,36 +200,47 @@ def _transformers(model: Any) -> Contender:
     return contender
 
 
+def title(record: dict[str, Any]) -> str:
+    """The problem in a line."""
+    p = record["problem"]
+    return f"{p['model']}, {p['dtype']}, batch {p['batch']}, {p['prompt_tokens']} tokens in, {p['tokens']} out"
+
+
+def tables(record: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and rows of text."""
+    ours, rows = record["results"][0], []
+    for r in record["results"]:
+        row = [r["name"], f"{r['first_token_s']:.3f}", f"{r['total_tokens_per_s']:.1f}"]
+        row += [f"{r['decode_tokens_per_s']:.1f}", f"{r['roofline_share']:.2f}"]
+        row += [f"{ours['decode_tokens_per_s'] / r['decode_tokens_per_s']:.2f}×"]
+        rows.append([*row, f"{r['same_tokens']}/{record['problem']['tokens']}"])
+    return [(["", "first token, s", "tokens/s", "after the first", "of roofline", "heddle is", "same tokens"], rows)]
+
+
+def notes(record: dict[str, Any]) -> list[str]:
+    """What a reader of the figures must know."""
+    p, m = record["problem"], record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    return [
+        f"roofline: {p['weight_bytes'] / 1e6:.0f} MB of weights a step at {record['bandwidth'] / 1e9:.1f} GB/s, "
+        f"measured in the same rounds: {record['roofline_tokens_per_s']:.1f} steps/s",
+        f"medians of {record['results'][0]['repeats']} interleaved rounds; {m['processor']}, {m['cores']} cores; "
+        f"Python {m['python']}, {versions}; {m['date']}",
+    ]
+
+
 def show(record: dict[str, Any]) -> None:
     """Print the table."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
-    p, ours = record["problem"], record["results"][0]
-    console.print(
-        f"{p['model']}, {p['dtype']}, batch {p['batch']}, {p['prompt_tokens']} tokens in, {p['tokens']} out",
-        highlight=False, markup=False,
-    )  # fmt: skip
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "first token, s", "tokens/s", "after the first", "of roofline", "heddle is", "same tokens"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for r in record["results"]:
-        table.add_row(
-            r["name"],
-            f"{r['first_token_s']:.3f}",
-            f"{r['total_tokens_per_s']:.1f}",
-            f"{r['decode_tokens_per_s']:.1f}",
-            f"{r['roofline_share']:.2f}",
-            f"{ours['decode_tokens_per_s'] / r['decode_tokens_per_s']:.2f}×",
-            f"{r['same_tokens']}/{p['tokens']}",
-        )
-    console.print(table)
-    m = record["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    for line in (
-        f"roofline: {p['weight_bytes'] / 1e6:.0f} MB of weights a step at {record['bandwidth'] / 1e9:.1f} GB/s, "
-        f"measured in the same rounds: {record['roofline_tokens_per_s']:.1f} steps/s",
-        f"medians of {ours['repeats']} interleaved rounds; {m['processor']}, {m['cores']} cores; "
-        f"Python {m['python']}, {versions}; {m['date']}",
-    ):
+    console.print(title(record), highlight=False, markup=False)
+    for header, rows in tables(record):
+        drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for name in header:
+            drawn.add_column(name, justify="right" if name else "left", no_wrap=True)
+        for row in rows:
+            drawn.add_row(*row)
+        console.print(drawn)
+    for line in notes(record):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
