@@ -335,7 +335,7 @@ def main() -> None:
     except typer.Abort:
         raise SystemExit(130) from None
     else:
-        raise SystemExit(code)
+        raise SystemExit(code or 0)
     message = " ".join(message.split())
     Console(stderr=True, soft_wrap=True).print(f"heddle: {message}", style="red", markup=False, highlight=False)
     raise SystemExit(2)
