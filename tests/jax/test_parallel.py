@@ -229,9 +229,11 @@ def test_gradients_add_in_float32(method):
     """Eight devices' gradients of one key: 256 and seven times 1, of which bfloat16 sums would keep nothing."""
     ones = jnp.ones((1, 8, 1, 16), "bfloat16")
     mask = Mask(np.zeros((1, 8), np.int32), np.ones((1, 8), np.int32))  # all see the first key alone: weight 1
-    attended = partial(context_attend, ones, ones, mask=mask, axis="context", method=method, mesh=mesh_of(8))
-    _, backward = jax.vjp(lambda value: attended(value), ones)
-    (d_value,) = backward(ones.at[:, 3].set(256))
+
+    def attended(value):
+        return context_attend(ones, ones, value, mask, "context", method, mesh=mesh_of(8))
+
+    d_value = jit(lambda value, d_out: jax.vjp(attended, value)[1](d_out)[0])(ones, ones.at[:, 3].set(256))
     np.testing.assert_array_equal(np.asarray(d_value[0, 0, 0], np.float32), 264)  # 263, rounded once
 
 
@@ -403,9 +405,9 @@ def zeros(length: int, batch: int = 1, heads: int = 4) -> jax.Array:
     ("call", "message"),
     [
         (lambda: context_attend(zeros(30), zeros(32), zeros(32), None, "context", mesh=mesh_of(4)),
-         "query's length must be a multiple of the 4 devices of 'context', got 30: pad it"),
+         "query's length must be a multiple of the 4 devices of 'context', got 30; pad the sequence"),
         (lambda: context_attend(zeros(32), zeros(30), zeros(30), None, "context", "ring", mesh=mesh_of(4)),
-         "key's length must be a multiple of the 4 devices of 'context', got 30: pad it"),
+         "key's length must be a multiple of the 4 devices of 'context', got 30; pad the sequence"),
         (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", "rings", mesh=mesh_of(4)),
          "method must be 'all_gather' or 'ring', got 'rings'"),
         (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "contxt", mesh=mesh_of(4)),
@@ -430,10 +432,14 @@ def zeros(length: int, batch: int = 1, heads: int = 4) -> jax.Array:
         (lambda: within(shard)(zeros(33)), "the length along axis 1 must be a multiple of the 4 devices"),
         (lambda: within(lambda x, axis: context_attend(x, x, x, None, axis, mesh=mesh_of(4)))(zeros(8)),
          "mesh must be None within a shard_map over 'context'"),
+        (lambda: within(lambda x, axis: context_attend(x, x, x, None, "data"))(zeros(8)),
+         "axis must be one of the mesh's 'context', got 'data'"),
+        (lambda: within(lambda x, axis: context_attend(x, x, x, None, "data"), ("data", "context"))(zeros(8)),
+         "the shard_map around must be over all axes of the mesh, it leaves out ['data']"),
         (lambda: within(lambda x, axis: context_attend(x, x, x, None, axis, head_axis="tensor"))(zeros(8)),
          "head_axis must be None within a shard_map over 'context', got 'tensor'"),
         (lambda: within(lambda x, axis: context_attend(x, x, x, None, axis), ("data", "context"))(zeros(8)),
-         "the shard_map over 'context' must be over all axes of the mesh, it leaves out ['data']"),
+         "the shard_map around must be over all axes of the mesh, it leaves out ['data']"),
     ],
 )  # fmt: skip
 def test_refusals(call, message):
@@ -450,6 +456,7 @@ def within(function, names=AXES):
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_two_processes():
     """Two processes of two devices, with gloo between them."""
     with socket.socket() as free:

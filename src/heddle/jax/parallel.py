@@ -27,6 +27,8 @@ __all__ = ["context_attend", "permute_tokens", "shard", "unpermute_tokens", "uns
 #: Of a PartitionSpec: the mesh axis or axes that one axis of an array is spread over.
 Axes = str | tuple[str, ...] | None
 
+_PAD = "; pad the sequence with padding tokens"
+
 
 @overload
 def context_attend(
@@ -105,7 +107,7 @@ def context_attend(
     )
     for name, array in {"query": query, "key": key}.items():
         _check_share(f"{name}'s batch", array.shape[0], batch_axis, over)
-        _check_share(f"{name}'s length", array.shape[1], axis, over)
+        _check_share(f"{name}'s length", array.shape[1], axis, over, _PAD)
         if name == "query" or key.shape[2] > 1:
             _check_share(f"{name}'s heads", array.shape[2], head_axis, over)
     out, lse = _spread_attend(
@@ -146,15 +148,15 @@ def shard(
 
     if _within_shard_map(axis):
         around = jax.sharding.get_abstract_mesh()
-        _check_share("the length along axis 1", length, axis, around)
+        _check_share("the length along axis 1", length, axis, around, _PAD)
         mine = jnp.asarray(rows.reshape(around.shape[axis], -1))[lax.axis_index(axis)]
         return x.on(mine).take(mine) if isinstance(x, Mask) else jnp.take(x, mine, axis=1)
 
     over = _mesh_of(axis, mesh)
-    _check_share("the length along axis 1", length, axis, over)
+    _check_share("the length along axis 1", length, axis, over, _PAD)
     if order is not None:
         x = x.take(rows) if isinstance(x, Mask) else permute_tokens(x, rows)
-    # Neither does what it says for the other type of axis, under jit too.
+    # Each is for one type of axis: under jit, with automatic axes, device_put moves nothing.
     place = jax.device_put if _is_explicit(over, axis) else lax.with_sharding_constraint
 
     batch = x.start.shape[0] if isinstance(x, Mask) else x.shape[0]
@@ -185,11 +187,12 @@ def unshard(x: Any, axis: str, order: Int[np.ndarray, " seq"] | None = None) -> 
 
 def _within_shard_map(axis: str) -> bool:
     mesh = jax.sharding.get_abstract_mesh()
-    if axis not in mesh.manual_axes:
+    if not mesh.manual_axes:
         return False
-    left = [name for name, size in mesh.shape.items() if name not in mesh.manual_axes and size > 1]
+    _check_axis(axis, mesh)
+    left = [n for n, size in mesh.shape.items() if n not in mesh.manual_axes and (size > 1 or n == axis)]
     if left:
-        raise ValueError(f"the shard_map over {axis!r} must be over all axes of the mesh, it leaves out {left}")
+        raise ValueError(f"the shard_map around must be over all axes of the mesh, it leaves out {left}")
     return True
 
 
@@ -199,23 +202,27 @@ def _mesh_of(axis: str, mesh: Mesh | AbstractMesh | None, array: Any = None) -> 
     found: Any = mesh or (context if array is None or not context.empty else jax.typeof(array).sharding.mesh)
     if found.empty:
         raise ValueError(f"mesh must be given: no jax.set_mesh, shard_map or array around has axis {axis!r}; got None")
-    if axis not in found.shape:
-        raise ValueError(f"axis must be one of the mesh's {', '.join(map(repr, found.shape))}, got {axis!r}")
+    _check_axis(axis, found)
     return found
+
+
+def _check_axis(axis: str, mesh: Mesh | AbstractMesh) -> None:
+    if axis not in mesh.shape:
+        raise ValueError(f"axis must be one of the mesh's {', '.join(map(repr, mesh.shape))}, got {axis!r}")
 
 
 def _is_explicit(mesh: Mesh | AbstractMesh, axis: str) -> bool:
     return mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Explicit
 
 
-def _check_share(what: str, size: int, axes: Axes, mesh: Mesh | AbstractMesh) -> None:
+def _check_share(what: str, size: int, axes: Axes, mesh: Mesh | AbstractMesh, remedy: str = "") -> None:
     names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
     for name in names:
         if name not in mesh.shape:
             raise ValueError(f"{what} can't be spread over {name!r}: the mesh has {', '.join(map(repr, mesh.shape))}")
     devices = math.prod(mesh.shape[name] for name in names)
     if size % devices:
-        raise ValueError(f"{what} must be a multiple of the {devices} devices of {axes!r}, got {size}: pad it")
+        raise ValueError(f"{what} must be a multiple of the {devices} devices of {axes!r}, got {size}{remedy}")
 
 
 @partial(jax.jit, static_argnames=("mesh", "spec", "axis", "method", "scale", "implementation"))
