@@ -12,14 +12,34 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 GPU = Path(__file__).parent
 
 
+def session(cases: str, chosen: str, **environment: str) -> subprocess.CompletedProcess:
+    """A test session without conftest.py: Triton can't compile kernels that the shape checks wrap."""
+    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    return subprocess.run(
+        [*command, "-W", "ignore", GPU / cases, "-k", chosen],
+        env={**os.environ, "PYTHONPATH": f"{GPU.parent}:{GPU}", **environment},
+        capture_output=True, text=True, timeout=1800, check=False,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("implementation", ["triton", "sdpa", "flex"])
 def test_cases(implementation, dtype):
-    """Without conftest.py: Triton can't compile kernels that the shape checks wrap."""
-    environment = {**os.environ, "PYTHONPATH": str(GPU.parent)}
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    done = subprocess.run(
-        [*command, "-W", "ignore", GPU / "gpu_cases.py", "-k", f"{implementation} and {dtype}"],
-        env=environment, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
+    done = session("gpu_cases.py", f"{implementation} and {dtype}")
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+#: conftest.py has chosen the CPU; and JAX would take most of the memory, which the other sessions want.
+ON_CUDA = {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("implementation", ["triton", "cudnn", "xla"])
+def test_jax_cases(implementation, dtype):
+    done = session("jax_cases.py", f"test_case and {implementation} and {dtype}", **ON_CUDA)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def test_jax_transformations():
+    done = session("jax_cases.py", "not test_case", **ON_CUDA)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -36,9 +36,7 @@ def unsupported(query: Array, key: Array, value: Array, mask: Mask) -> str | Non
     if dim != value_dim or dim % 8 or dim > 128:
         return f"cuDNN is given one head dimension, a multiple of 8 up to 128; got {dim} and {value_dim}"
     if not (is_concrete(mask.start) and is_concrete(mask.stop)):
-        return (
-            "cuDNN is told a mask's kind when the program is compiled, and this one's values are traced: close over it"
-        )
+        return "cuDNN is told a mask's kind at compilation, when this one's values are unknown: let jit close over it"
     kind = kind_of(mask, query.shape[0], key.shape[1])
     return None if isinstance(kind, Kind) else kind
 

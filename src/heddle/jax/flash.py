@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-from heddle.attention.arrays import is_concrete
+from heddle.attention.arrays import Array, is_concrete
 from heddle.attention.attend import attend, check, score_scale
 from heddle.attention.balance import permute, unpermute, zigzag
 from heddle.attention.mask import Mask
@@ -174,7 +173,7 @@ def flash_attention(
             raise ValueError("query_positions and kv_positions must be given unless assume_sequential_positions")
         mask = Mask.documents(query_segment_ids, kv_segment_ids, query_positions, kv_positions)
     mask = check(query, key, value, mask)
-    if isinstance(scale, Array) and is_concrete(scale):
+    if isinstance(scale, jax.Array) and is_concrete(scale):
         scale = float(scale)
     return _flash_attention(
         query, key, value, mask, sharding=sharding, scale=score_scale(query, scale),  # type: ignore[arg-type]
