@@ -193,3 +193,14 @@ CASES = [
     Case("one mask for a batch", 40, 40, lambda: Mask.window(40, 12, prefix=3), batch=3),
 ]
 IDS = [case.name.replace(" ", "-") for case in CASES]
+
+#: For devices that are quick enough.
+LARGE = [
+    Case("long causal", 1500, 1500, lambda: Mask.causal(1500), heads=4, kv_heads=2, dim=128),
+    Case("long documents", 2000, 2000, lambda: Mask.documents(segments(700, 41, 900, 300, padding=59)),
+         heads=4, kv_heads=1, dim=64),
+    Case("long window with sinks", 1300, 1300, lambda: Mask.window(1300, 200, prefix=5), dim=80),
+    Case("long cache", 1, 5000, lambda: Mask.lengths(np.array([5000, 37, 4096]), 1), batch=3, heads=8, dim=128),
+    Case("large heads", 600, 600, lambda: Mask.causal(600), dim=256, heads=2, kv_heads=1),
+]  # fmt: skip
+LARGE_IDS = [case.name.replace(" ", "-") for case in LARGE]

@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from attention_cases import CASES, IDS, Case, oracle, segments
-from heddle import Mask, attend, implementations
+from attention_cases import CASES, IDS, LARGE, LARGE_IDS, Case, oracle
+from heddle import attend, implementations
 
 #: of the largest value of each array: rounding of the inputs' dtype, times the few roundings on the way.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LONG = [
-    Case("long causal", 1500, 1500, lambda: Mask.causal(1500), heads=4, kv_heads=2, dim=128),
-    Case("long documents", 2000, 2000, lambda: Mask.documents(segments(700, 41, 900, 300, padding=59)),
-         heads=4, kv_heads=1, dim=64),
-    Case("long window with sinks", 1300, 1300, lambda: Mask.window(1300, 200, prefix=5), dim=80),
-    Case("long cache", 1, 5000, lambda: Mask.lengths(np.array([5000, 37, 4096]), 1), batch=3, heads=8, dim=128),
-    Case("large heads", 600, 600, lambda: Mask.causal(600), dim=256, heads=2, kv_heads=1),
-]  # fmt: skip
 
 
 def run(case: Case, arrays: dict[str, torch.Tensor], implementation: str) -> dict[str, torch.Tensor]:
@@ -29,7 +21,7 @@ def run(case: Case, arrays: dict[str, torch.Tensor], implementation: str) -> dic
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("case", [*CASES, *LONG], ids=[*IDS, *(case.name.replace(" ", "-") for case in LONG)])
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=[*IDS, *LARGE_IDS])
 @pytest.mark.parametrize("implementation", ["triton", "sdpa", "flex"])
 def test_case(implementation, case, dtype):
     arrays = {name: torch.from_numpy(a).to("cuda", dtype) for name, a in case.arrays().items()}

@@ -17,7 +17,7 @@ def session(cases: str, chosen: str, **environment: str) -> subprocess.Completed
     command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return subprocess.run(
         [*command, "-W", "ignore", GPU / cases, "-k", chosen],
-        env={**os.environ, "PYTHONPATH": f"{GPU.parent}:{GPU}", **environment},
+        env={**os.environ, "PYTHONPATH": str(GPU.parent), **environment},
         capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
 
