@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from attention_cases import CASES, IDS, Case, oracle
+from attention_cases import CASES, IDS, LARGE, LARGE_IDS, Case, oracle
 from heddle import Mask, attend, implementations
 
 #: of the largest value of each array: rounding of the inputs' dtype, times the few roundings on the way.
