@@ -34,6 +34,16 @@ def shard_mask(mask: Mask, shard: Any, size: int) -> Mask:
     return mask.keep(("shard", shard, size), local, lambda part: part.start) if isinstance(shard, int) else local()
 
 
+def prefix_apart(mask: Mask) -> tuple[Mask, Mask]:
+    """What ``mask`` sees behind its prefix, which a ring can do, and the prefix, a part of its own to merge."""
+
+    def split() -> tuple[Mask, Mask]:
+        behind = Mask(clip(mask.start, mask.prefix, None), mask.stop)
+        return behind, Mask(mask.start * 0, clip(mask.stop, None, mask.prefix))
+
+    return mask.keep(("prefix apart",), split, lambda masks: masks[0].start)
+
+
 def ring_forward(
     query: Array, key: Array, value: Array, mask: Mask, *, rank: Any, ranks: int, attend: Attend, send: Send
 ) -> tuple[Array, Array]:

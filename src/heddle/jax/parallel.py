@@ -18,7 +18,7 @@ from heddle.attention.balance import permute as permute_tokens
 from heddle.attention.balance import unpermute as unpermute_tokens
 from heddle.attention.mask import Mask
 from heddle.attention.merge import merge
-from heddle.attention.ring import ring_backward, ring_forward
+from heddle.attention.ring import prefix_apart, ring_backward, ring_forward
 
 from .batching import vary_alike
 
@@ -256,8 +256,7 @@ def _attend(
     # The keys of the prefix are few: all devices get them, as one more part; the ring has what lies behind them.
     first = min(mask.prefix, key.shape[1])
     keys, values = (_gather(x[:, :first], axis)[:, : mask.prefix] for x in (key, value))  # type: ignore[index]
-    behind = Mask(mask.start.clip(min=mask.prefix), mask.stop)
-    prefix = Mask(jnp.zeros_like(mask.start), mask.stop.clip(max=mask.prefix))
+    behind, prefix = prefix_apart(mask)
     ring: Any = _ring(query, key, value, behind, axis, scale, chosen)
     part = attend(query, keys, values, prefix, scale=scale, implementation=implementation, return_lse=True)
     return merge([ring, part])

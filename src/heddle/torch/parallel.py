@@ -14,10 +14,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from heddle.attention.attend import Implementation, attend, check, choose, score_scale
-from heddle.attention.balance import unpermute
+from heddle.attention.balance import permute as permute_tokens
+from heddle.attention.balance import unpermute as unpermute_tokens
 from heddle.attention.mask import Mask
 from heddle.attention.merge import merge
-from heddle.attention.ring import ring_backward, ring_forward
+from heddle.attention.ring import prefix_apart, ring_backward, ring_forward
+
+__all__ = ["context_attend", "permute_tokens", "shard", "unpermute_tokens", "unshard"]
 
 # torch 2.13 gave it another name, and warns of the old one.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -113,7 +116,7 @@ def unshard(x: Any, group: DeviceMesh | ProcessGroup, order: Int[np.ndarray, " s
     if isinstance(x, tuple):
         return tuple(unshard(part, group, order) for part in x)
     whole = _gather(x, _process_group(group))
-    return whole if order is None else unpermute(whole, order)
+    return whole if order is None else unpermute_tokens(whole, order)
 
 
 def _process_group(group: DeviceMesh | ProcessGroup) -> ProcessGroup:
@@ -177,15 +180,10 @@ def _ring_attend(
     # The keys of the prefix are few: all processes get them, as one more part; the ring has what lies behind them.
     first = min(mask.prefix, key.shape[1])
     keys, values = (_gather(x[:, :first], group)[:, : mask.prefix] for x in (key, value))
-    behind, prefix = mask.keep(("prefix apart",), lambda: _apart(mask), lambda masks: masks[0].start)
+    behind, prefix = prefix_apart(mask)
     ring = _Ring.apply(query, key, value, behind, group, scale, chosen)
     part = attend(query, keys, values, prefix, scale=scale, implementation=implementation, return_lse=True)
     return merge([ring, part])  # type: ignore[list-item]
-
-
-def _apart(mask: Mask) -> tuple[Mask, Mask]:
-    """What ``mask`` sees behind its prefix, and the prefix."""
-    return Mask(mask.start.clamp(min=mask.prefix), mask.stop), Mask(mask.start * 0, mask.stop.clamp(max=mask.prefix))
 
 
 class _Ring(torch.autograd.Function):
