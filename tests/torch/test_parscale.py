@@ -117,6 +117,7 @@ def test_gradients_equal_the_oracle(name, checkpointing):
         )
         got = (parameter.grad.double().numpy() * directions[parameter_name]).sum()
         size = np.linalg.norm(parameter.grad.double().numpy()) * np.linalg.norm(directions[parameter_name])
+        size = max(size, 1.0)  # some gradients are 0: in the first layer all replicas are the same
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * size, err_msg=parameter_name)
 
 

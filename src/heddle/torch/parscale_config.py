@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -14,6 +14,7 @@ MODES = ("joint", "sublayer")
 SCOPES = ("own", "all")
 
 
+@no_type_check  # transformers' own check of the fields' types, by strict, takes what no field has too
 @strict
 class Qwen2ParScaleConfig(Qwen2Config):
     """Qwen2's configuration, and ParScale's (arXiv 2505.10475).
