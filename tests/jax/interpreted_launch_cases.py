@@ -47,7 +47,8 @@ def _interpreted(monkeypatch):
     monkeypatch.setattr(triton, "_call", interpret)
     monkeypatch.setattr(triton, "_gpu", lambda: (80, 2))
     monkeypatch.setattr(triton, "device_of", lambda array: type("Device", (), {"platform": "gpu"}))
-    monkeypatch.setattr(triton, "_launcher", lambda: type("Plugin", (), {"TritonKernel": None}))
+    plugin = type("Plugin", (), {"registrations": staticmethod(lambda: {triton.TARGET: None})})
+    monkeypatch.setattr(triton, "_plugin", lambda: plugin)
     with plan.override(**TILES):
         yield
 

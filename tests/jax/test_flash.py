@@ -99,6 +99,14 @@ def test_over_a_mesh(case, style, kind):
             compare(run(arrays, order), want)
 
 
+def test_one_key_head_for_all(case):
+    """It may be whole on all devices where the queries' heads are spread."""
+    arrays = {name: a[:, :, :1] if name in ("key", "value") else a for name, a in case[0].items()}
+    one = Case("one", SEQ, SEQ, CASE.mask, batch=2, heads=4, kv_heads=1, scale=1.0)
+    want = oracle(one, {name: a.astype(np.float64) for name, a in arrays.items()})
+    compare(run(arrays, mesh=mesh("tensor"), query_spec=TENSOR[0], kv_spec=("data", None, None, None)), want)
+
+
 def test_context_parallel_without_permutation(case):
     options = {"query_spec": CONTEXT[0], "kv_spec": ("data", "context", None, None)}
     compare(run(case[0], mesh=mesh("context"), permute_tokens_for_load_balance=False, **options), case[1])
@@ -266,6 +274,8 @@ def test_specs_and_meshes_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=message), attention_specs(query_specs, kv_specs):
             pass
+    with pytest.raises(ValueError, match=r"one axis of heads, .* got 'tensor' and None"):
+        call(mesh=mesh("tensor"), query_spec=TENSOR[0], kv_spec=("data", None, None, None))
     with pytest.raises(ValueError, match="unless assume_sequential_positions"):
         flash_attention(x, x, x, None, ids, None, ids)
     with pytest.raises(ValueError, match="over the sequence axis of attention_specs"):

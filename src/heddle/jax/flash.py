@@ -158,6 +158,11 @@ def flash_attention(
     """
     sharding = _sharding(mesh, query_spec, kv_spec)
     axis = None if sharding is None else sharding[1][1]
+    if sharding is not None and sharding[1][2] != sharding[2][2] and key.shape[2] > 1:
+        raise ValueError(
+            "the query and kv specs must have one axis of heads, so that each query head meets its key head; "
+            f"got {sharding[1][2]!r} and {sharding[2][2]!r}"
+        )
     order = None
     if sharding is not None and axis is not None and permute_tokens_for_load_balance:
         ranks = sharding[0].shape[axis]

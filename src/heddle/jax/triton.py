@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 INSTALLED = importlib.util.find_spec("triton") is not None
 DECODE_ROWS = 16  #: query rows of a KV head, at most, that are served by splitting the keys
 MAX_DIM = 256
+TARGET = "triton_kernel_call_ffi"  #: the custom call that the plugin registers
 POINTERS = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
 Tiles = tuple["Tile", "Tile", "Tile", "Tile"]  # of the forward, dK/dV, dQ and decode kernels
@@ -35,8 +36,9 @@ def unsupported(query: Array, key: Array, value: Array, mask: Mask) -> str | Non
     device = device_of(query)
     if device.platform != "gpu":
         return f"its kernels run on CUDA, the arrays are on {device.platform}"
-    if not hasattr(_launcher(), "TritonKernel"):
-        return "JAX's CUDA plugin, which launches the kernels, is not installed"
+    plugin = _plugin()
+    if plugin is None or TARGET not in plugin.registrations():
+        return "JAX's CUDA plugin, which launches the kernels, is not installed or too old"
     if str(query.dtype) not in ("float32", "bfloat16", "float16"):
         return f"its kernels take float32, bfloat16 and float16, not {query.dtype}"
     largest = max(query.shape[3], value.shape[3])
@@ -196,7 +198,7 @@ def _call(launch: Launch, outputs: tuple[jax.ShapeDtypeStruct, ...], *inputs: Ar
         launch.num_stages,
         _gpu()[0],
     )
-    return jax.ffi.ffi_call("triton_kernel_call_ffi", outputs)(*inputs, name=name, opaque=program)  # type: ignore
+    return jax.ffi.ffi_call(TARGET, outputs)(*inputs, name=name, opaque=program)  # type: ignore
 
 
 @functools.cache
@@ -219,7 +221,7 @@ def _kernel_call(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    plugin = _launcher()
+    plugin: Any = _plugin()
     signature, values, aligned, parameters = {}, {}, {}, []
     for index, (name, argument) in enumerate(arguments):
         if name in constants or argument == 1:
@@ -251,11 +253,11 @@ def _kernel_call(
     return metadata.name, zlib.compress(call.to_proto(metadata.name, b""))
 
 
-def _launcher() -> Any:
-    """What builds a kernel's launch; on import it registers with XLA what executes it."""
+def _plugin() -> Any | None:
+    """The part of JAX's CUDA plugin that builds a kernel's launch; on import it registers with XLA what executes it."""
     from jaxlib import gpu_triton
 
-    return gpu_triton
+    return gpu_triton._cuda_triton
 
 
 def device_of(array: Array) -> Any:
