@@ -2,10 +2,11 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
-from heddle.config import Config, DataOptions, ModelOptions, TrainingOptions, load_config
+from heddle.config import Config, DataOptions, ModelOptions, ParScaleOptions, TrainingOptions, load_config
 
 
 @pytest.fixture(autouse=True)
@@ -28,37 +29,77 @@ def test_defaults_alone_are_a_configuration():
 
 
 def test_overrides_win_over_the_file_and_the_file_over_the_defaults(yaml):
-    path = yaml("training:\n  steps: 20\n  learning_rate: 1e-3\ndata: {corpus: some/folder}\nmodel:\n")
-    config = load_config(path, ["training.steps=30", "--training.clip=null", "output=runs/a=b"])
+    path = yaml("training:\n  max_steps: 20\n  learning_rate: 1e-3\ndata: {corpus: some/folder}\nmodel:\n")
+    config = load_config(path, ["training.max_steps=30", "--training.clip=null", "output=runs/a=b"])
     assert config == Config(
         output="runs/a=b",
         data=DataOptions(corpus="some/folder"),
-        training=TrainingOptions(steps=30, learning_rate=1e-3, clip=None),
+        training=TrainingOptions(max_steps=30, learning_rate=1e-3, clip=None),
     )
 
 
 def test_config_file_names_the_file_unless_another_is_given(yaml, monkeypatch, tmp_path):
-    monkeypatch.setenv("CONFIG_FILE", str(yaml("training: {steps: 20}")))
+    monkeypatch.setenv("CONFIG_FILE", str(yaml("training: {max_steps: 20}")))
     other = tmp_path / "other.yaml"
     other.write_text("training: {batch_size: 4}")
-    assert load_config().training == TrainingOptions(steps=20)
+    assert load_config().training == TrainingOptions(max_steps=20)
     assert load_config(other).training == TrainingOptions(batch_size=4)
 
 
 def test_a_configuration_reads_back_what_it_writes(yaml):
     config = load_config(
-        None, ["training.learning_rate=1e-4", "training.clip=null", "model.path='a: b'", "data.window=9"]
+        None, ["training.learning_rate=1e-4", "training.clip=null", "training.base_model='a: b'", "data.window=9"]
     )
     assert load_config(yaml(config.to_yaml())) == config
     assert config.flat()["training.learning_rate"] == 1e-4
-    assert list(config.flat())[:2] == ["output", "model.path"]
+    assert list(config.flat())[:3] == ["output", "framework", "model.hidden_size"]
 
 
 def test_interpolation_and_sections_on_the_command_line():
     training = load_config(
-        None, ["training={steps: 40, batch_size: 2}", "training.warmup_steps=${training.steps}"]
+        None, ["training={max_steps: 40, batch_size: 2}", "training.warmup_steps=${training.max_steps}"]
     ).training
-    assert (training.steps, training.batch_size, training.warmup_steps) == (40, 2, 40)
+    assert (training.max_steps, training.batch_size, training.warmup_steps) == (40, 2, 40)
+
+
+def test_lists_and_what_parscale_adds(yaml):
+    config = load_config(
+        None, ["framework=torch", "--parscale.parscale_n=4", "parscale.parscale_cross_attn_layers=[0, 4, 8]"]
+    )
+    assert config.parscale == ParScaleOptions(parscale_n=4, parscale_cross_attn_layers=[0, 4, 8])
+    assert config.flat()["parscale.parscale_cross_attn_layers"] == [0, 4, 8]
+    path = yaml(config.to_yaml())
+    assert load_config(path) == config
+    assert load_config(path, ["parscale.parscale_cross_attn_layers=[1]"]).parscale.parscale_cross_attn_layers == [1]
+    assert load_config(path, ["parscale.parscale_cross_attn_layers=null"]).parscale.parscale_cross_attn_layers is None
+
+
+def test_parscales_options_are_the_models():
+    """Under the same names, with the same defaults."""
+    from heddle.torch.parscale_config import Qwen2ParScaleConfig
+
+    model = Qwen2ParScaleConfig()
+    for option in dataclasses.fields(ParScaleOptions):
+        assert getattr(model, option.name) == option.default
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_configurations_are_valid(path):
+    load_config(path)
+
+
+def test_the_papers_stage_2_is_the_default_of_continued_pretraining():
+    basic, cross = (load_config(CONFIGS[0].with_name(name)) for name in ("basic.yaml", "cross_attn.yaml"))
+    training, tokens = basic.training, basic.training.batch_size * basic.data.seq_len * basic.training.max_steps
+    assert (basic.framework, training.base_model, training.schedule) == ("torch", "Qwen/Qwen2-1.5B", "constant")
+    assert (training.learning_rate, training.warmup_steps, training.compute_dtype) == (3e-4, 2000, "bfloat16")
+    assert (training.batch_size, basic.data.seq_len, training.checkpoint_every) == (8 * 4 * 4, 2048, 0)
+    assert 20e9 <= tokens < 20e9 + training.batch_size * basic.data.seq_len
+    before, after = basic.flat(), cross.flat()
+    assert {name for name in before if before[name] != after[name]} == {"output", "parscale.enable_cross_attn"}
 
 
 ERRORS = {
@@ -66,27 +107,27 @@ ERRORS = {
     "training.learnin_rate=1": "training.learnin_rate is not an option (from the command line); "
     "did you mean training.learning_rate?",
     "training.seq_len=64": "training.seq_len is not an option (from the command line); did you mean data.seq_len?",
-    "steps=5": "steps is not an option (from the command line); did you mean training.steps?",
-    "trainig.stepz=5": "trainig.stepz is not an option (from the command line); did you mean training.steps?",
-    "training.steps.x=1": "training.steps.x is not an option (from the command line); did you mean training.steps?",
+    "steps=5": "steps is not an option (from the command line); did you mean training.max_steps?",
+    "trainig.max_step=5": "trainig.max_step is not an option (from the command line); did you mean training.max_steps?",
+    "training.seed.x=1": "training.seed.x is not an option (from the command line); did you mean training.seed?",
     "data.q=1": "data.q is not an option (from the command line); the options are data.corpus, data.eval_corpus, "
     "data.held_out, data.tokenizer, data.field, data.subset, data.split, data.on_error, data.seq_len, data.window",
     # Wrong types.
-    "training.steps=abc": "training.steps must be an integer, got 'abc' (from the command line)",
-    "training.steps=1.5": "training.steps must be an integer, got 1.5 (from the command line)",
-    "training.steps=true": "training.steps must be an integer, got True (from the command line)",
-    "training.steps=null": "training.steps must be an integer, got None (from the command line)",
+    "training.max_steps=abc": "training.max_steps must be an integer, got 'abc' (from the command line)",
+    "training.max_steps=1.5": "training.max_steps must be an integer, got 1.5 (from the command line)",
+    "training.max_steps=true": "training.max_steps must be an integer, got True (from the command line)",
+    "training.max_steps=null": "training.max_steps must be an integer, got None (from the command line)",
     "training.clip=[1]": "training.clip must be a number or null, got [1] (from the command line)",
     "training=3": "training must be a mapping of options, got 3 (from the command line)",
     "model.tie_word_embeddings=perhaps": "model.tie_word_embeddings must be true or false, got 'perhaps' "
     "(from the command line)",
     # Not an override, not YAML, not there.
-    "training.steps": "an override must have the form key=value, such as training.steps=10; got 'training.steps'",
+    "training.max_steps": "an override must have the form key=value, such as training.seed=1; got 'training.max_steps'",
     "data.corpus=a: b: c": "data.corpus=a: b: c isn't a YAML value: mapping values are not allowed here",
     "training.seed=${training.bla}": "training.seed: Interpolation key 'training.bla' not found",
     # Values out of range.
     "output=''": "output must name a folder, got ''",
-    "training.steps=0": "training.steps must be at least 1, got 0",
+    "training.max_steps=0": "training.max_steps must be at least 1, got 0",
     "training.seed=-1": "training.seed must be at least 0, got -1",
     "training.learning_rate=nan": "training.learning_rate must be finite and positive, got nan",
     "training.clip=0": "training.clip must be finite and positive, got 0.0",
@@ -104,12 +145,35 @@ ERRORS = {
     "model.rope_theta=0": "model.rope_theta must be finite and positive, got 0.0",
     # Combinations.
     "training.accumulation=3": "training.batch_size must be a multiple of training.accumulation, got 8 and 3",
-    "training.warmup_steps=1001": "training.warmup_steps must not exceed training.steps, got 1001 and 1000",
     "model.hidden_size=30": "model.hidden_size must be a multiple of model.num_attention_heads, got 30 and 4",
     "model.num_key_value_heads=3": "model.num_attention_heads must be a multiple of model.num_key_value_heads, "
     "got 4 and 3",
-    "model={path: x, num_hidden_layers: 2}": "model.num_hidden_layers is for a model from scratch, "
-    "but model.path names 'x': give one",
+    "model.num_hidden_layers=2 training.base_model=x": "model.num_hidden_layers is for a model from scratch, "
+    "but training.base_model names 'x': give one",
+    # What one wing alone has.
+    "framework=tensorflow": "framework must be one of jax, torch; got 'tensorflow'",
+    "parscale.parscale_n=2": "parscale.parscale_n=2 is for framework=torch, but framework is jax",
+    "training.report_to=wandb": "training.report_to=wandb is for framework=torch, but framework is jax",
+    "training.freeze_pretrained=true": "training.freeze_pretrained=True is for framework=torch, but framework is jax",
+    "framework=torch training.optimizer=lion": "training.optimizer=lion is for framework=jax, but framework is torch",
+    # ParScale.
+    "framework=torch parscale.parscale_n=0": "parscale.parscale_n must be at least 1, got 0",
+    "framework=torch parscale.parscale_n_tokens=-1": "parscale.parscale_n_tokens must be at least 0, got -1",
+    "framework=torch parscale.parscale_attn_smooth=1": "parscale.parscale_attn_smooth must be at least 0 and below 1, "
+    "got 1.0",
+    "framework=torch parscale.parscale_cross_attn_layers=[0,-1]": "parscale.parscale_cross_attn_layers must be at "
+    "least 0, got -1",
+    "framework=torch parscale.parscale_cross_attn_layers=3": "parscale.parscale_cross_attn_layers must be a list of "
+    "integers or null, got 3 (from the command line)",
+    "framework=torch parscale.parscale_cross_attn_mode=both": "parscale.parscale_cross_attn_mode must be one of joint, "
+    "sublayer; got 'both'",
+    "framework=torch parscale.parscale_prefix_scope=none": "parscale.parscale_prefix_scope must be one of own, all; "
+    "got 'none'",
+    "parscale.parscale_m=2": "parscale.parscale_m is not an option (from the command line); "
+    "did you mean parscale.parscale_n?",
+    "parscale_n=2": "parscale_n is not an option (from the command line); did you mean parscale.parscale_n?",
+    "framework=torch training.freeze_pretrained=true parscale.parscale_n=2": "training.freeze_pretrained trains what "
+    "ParScale adds to a base model: set training.base_model, and parscale.parscale_n above 1",
     "data.held_out=0": "training.eval_every needs something to evaluate on: set data.held_out above 0, "
     "name data.eval_corpus, or set training.eval_every=0",
 }
@@ -118,15 +182,15 @@ ERRORS = {
 @pytest.mark.parametrize("override", ERRORS)
 def test_what_is_refused(override):
     with pytest.raises(ValueError, match=re.escape(ERRORS[override])) as error:
-        load_config(None, [override])
+        load_config(None, [override] if override == "data.corpus=a: b: c" else override.split())
     assert "\n" not in str(error.value)
 
 
 def test_an_error_in_a_file_names_the_file(yaml):
-    path = yaml("training: {stepz: 5}")
+    path = yaml("training: {max_stepz: 5}")
     with pytest.raises(ValueError) as error:
         load_config(path)
-    assert str(error.value) == f"training.stepz is not an option (from {path}); did you mean training.steps?"
+    assert str(error.value) == f"training.max_stepz is not an option (from {path}); did you mean training.max_steps?"
     with pytest.raises(ValueError, match=r"some\.yaml isn't YAML: .*"):
         load_config(yaml("a: b: c"))
     with pytest.raises(ValueError, match=r"some\.yaml must hold a mapping of options, got a list"):
@@ -136,14 +200,14 @@ def test_an_error_in_a_file_names_the_file(yaml):
 
 
 def test_options_are_checked_when_built_in_python_too():
-    with pytest.raises(ValueError, match=r"training\.steps must be at least 1, got 0"):
-        TrainingOptions(steps=0)
+    with pytest.raises(ValueError, match=r"training\.max_steps must be at least 1, got 0"):
+        TrainingOptions(max_steps=0)
     with pytest.raises(ValueError, match=r"model\.hidden_size is for a model from scratch"):
-        ModelOptions(path="x", hidden_size=8)
+        Config(model=ModelOptions(hidden_size=8), training=TrainingOptions(base_model="x"))
 
 
 def test_every_option_says_what_it_is_in_a_word_of_its_own():
     """An option is found by its last word alone (as the nearest valid key), so none may stand in two sections."""
     names = [name.rpartition(".")[2] for name in Config().flat()]
     assert len(names) == len(set(names))
-    assert all(dataclasses.is_dataclass(getattr(Config(), name)) for name in ("model", "data", "training"))
+    assert all(dataclasses.is_dataclass(getattr(Config(), name)) for name in ("model", "parscale", "data", "training"))

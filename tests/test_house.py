@@ -36,6 +36,9 @@ ROOMS = {"attention": set(), "kernels": set(), "config": set(), "plot": set()}
 ROOMS["mask_options"] = {"attention", "mask_picture"}
 ROOMS["mask_picture"] = {"attention", "plot"}
 ROOMS["data"] = {"attention", "config"}
+ROOMS["metrics"] = {"plot"}
+ROOMS["run"] = {"config", "data"}
+ROOMS["sweep"] = {"config", "metrics", "plot"}
 BELOW_WINGS = set(ROOMS)
 ROOMS["torch"] = ROOMS["jax"] = BELOW_WINGS
 ROOMS["serve"] = BELOW_WINGS | {"jax"}

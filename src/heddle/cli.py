@@ -100,7 +100,7 @@ def train(
 
     SIGTERM and Ctrl-C save and leave; the same command then goes on, with exactly the losses it would have had.
 
-    Example: heddle train --config configs/quickstart.yaml training.steps=500 output=runs/longer
+    Example: heddle train --config configs/quickstart.yaml training.max_steps=500 output=runs/longer
     """
     from heddle.config import load_config
 
@@ -122,7 +122,7 @@ def plot_runs(
 
     Example: heddle plot runs/quickstart runs/longer --out loss.png
     """
-    from heddle.jax.metrics import draw
+    from heddle.metrics import draw
 
     print(f"wrote {draw(runs, out)}")
 

@@ -15,20 +15,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+FRAMEWORKS = ("jax", "torch")
 SCHEDULES = ("constant", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "lion")
 COMPUTE_DTYPES = ("float32", "bfloat16")
+CROSS_ATTN_MODES = ("joint", "sublayer")
+PREFIX_SCOPES = ("own", "all")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ON_ERROR = ("fail", "skip")  #: what a broken line of a corpus does: end the run, or be reported and skipped
 
 
 @dataclass
 class ModelOptions:
-    """Which model: a pretrained one by its path, or the sizes of one to train from scratch (names as in config.json).
+    """The sizes of a Llama to train from scratch, where ``training.base_model`` names no other (as in config.json).
 
-    The vocabulary of a model from scratch is its tokenizer's.
+    Its vocabulary is the tokenizer's.
     """
 
-    path: str | None = None  #: a Hugging Face folder, a .gguf file, a hub name, or embedded; None: from scratch
     hidden_size: int = 256
     intermediate_size: int = 704
     num_hidden_layers: int = 4
@@ -42,12 +45,6 @@ class ModelOptions:
             _at_least(f"model.{name}", getattr(self, name), 1)
         _at_least("model.num_key_value_heads", self.num_key_value_heads, 1)
         _positive("model.rope_theta", self.rope_theta)
-        if self.path is not None:
-            for option in dataclasses.fields(self):
-                if option.name != "path" and getattr(self, option.name) != option.default:
-                    raise ValueError(
-                        f"model.{option.name} is for a model from scratch, but model.path names {self.path!r}: give one"
-                    )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"model.hidden_size must be a multiple of model.num_attention_heads, "
@@ -67,7 +64,7 @@ class DataOptions:
     corpus: str = "stdlib"  #: stdlib, hub:NAME, or a file, folder or pattern of text, JSONL or Parquet
     eval_corpus: str | None = None  #: what to evaluate on; None: the held-out part of ``corpus``
     held_out: float = 0.02  #: the share of ``corpus`` that is held out for evaluation; 0 with an ``eval_corpus``
-    tokenizer: str | None = None  #: bytes, or a model's path; None: that of model.path, or bytes from scratch
+    tokenizer: str | None = None  #: bytes, or a model's path; None: that of training.base_model, or bytes
     field: str = "text"  #: of a JSONL object, Parquet row or hub record
     subset: str | None = None  #: of a hub dataset
     split: str = "train"  #: of a hub dataset
@@ -85,17 +82,45 @@ class DataOptions:
 
 
 @dataclass
+class ParScaleOptions:
+    """How many replicas of the model run in parallel, and how they look at each other (arXiv 2505.10475)."""
+
+    parscale_n: int = 1  #: P, the number of replicas; 1: the model as it is, and nothing below has an effect
+    parscale_n_tokens: int = 48  #: learned prefix keys of each replica in each layer
+    parscale_attn_smooth: float = 0.01  #: ε of the replicas' weights ``(1 - ε) w + ε / P``
+    enable_cross_attn: bool = False  #: replicas look at each other, at the same position
+    parscale_cross_attn_layers: list[int] | None = None  #: in which layers; None: all
+    enable_replica_rope: bool = False  #: turn queries and keys between replicas by the replica's index
+    parscale_cross_attn_mode: str = "joint"  #: joint: in self-attention's own softmax; sublayer: before self-attention
+    parscale_prefix_scope: str = "own"  #: own, or all: a replica sees all replicas' prefixes
+
+    def __post_init__(self):
+        _at_least("parscale.parscale_n", self.parscale_n, 1)
+        _at_least("parscale.parscale_n_tokens", self.parscale_n_tokens, 0)
+        if not 0 <= self.parscale_attn_smooth < 1:
+            raise ValueError(
+                f"parscale.parscale_attn_smooth must be at least 0 and below 1, got {self.parscale_attn_smooth}"
+            )
+        for layer in self.parscale_cross_attn_layers or ():
+            _at_least("parscale.parscale_cross_attn_layers", layer, 0)
+        _one_of("parscale.parscale_cross_attn_mode", self.parscale_cross_attn_mode, CROSS_ATTN_MODES)
+        _one_of("parscale.parscale_prefix_scope", self.parscale_prefix_scope, PREFIX_SCOPES)
+
+
+@dataclass
 class TrainingOptions:
     """How to train."""
 
-    steps: int = 1000  #: optimiser steps of the whole run
-    batch_size: int = 8  #: rows of ``data.seq_len`` tokens in an optimiser step
+    base_model: str | None = None  #: a Hugging Face folder, a .gguf file, a hub name, or embedded; None: from scratch
+    freeze_pretrained: bool = False  #: train only the parameters that ParScale adds to the base model
+    max_steps: int = 1000  #: optimiser steps of the whole run
+    batch_size: int = 8  #: rows of ``data.seq_len`` tokens in an optimiser step, over all processes
     accumulation: int = 1  #: parts the batch is computed in, one after the other: less memory, the same gradients
     seed: int = 0  #: of the initial weights, the order of the data, and whatever else is random
     optimizer: str = "adamw"  #: adamw, lion
     learning_rate: float = 3e-4  #: at its highest
     schedule: str = "cosine"  #: constant, cosine, wsd (warm-up, stable, decay); all after the warm-up
-    warmup_steps: int = 0  #: over which the learning rate rises linearly
+    warmup_steps: int = 0  #: over which the learning rate rises linearly; a run may end before
     decay_share: float = 0.2  #: of all steps, at the end, over which wsd falls linearly
     final_share: float = 0.1  #: of ``learning_rate``, where cosine and wsd end
     beta1: float = 0.9
@@ -110,9 +135,10 @@ class TrainingOptions:
     eval_batches: int = 4  #: batches of an evaluation, always the same
     checkpoint_every: int = 100  #: steps between checkpoints, besides the one at the end; 0: none between
     keep: int = 2  #: checkpoints kept, the latest ones
+    report_to: str = "none"  #: besides metrics.jsonl: tensorboard, trackio, wandb
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulation", "max_nonfinite", "eval_batches", "keep"):
+        for name in ("max_steps", "batch_size", "accumulation", "max_nonfinite", "eval_batches", "keep"):
             _at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("seed", "warmup_steps", "eval_every", "checkpoint_every"):
             _at_least(f"training.{name}", getattr(self, name), 0)
@@ -131,29 +157,51 @@ class TrainingOptions:
         _one_of("training.schedule", self.schedule, SCHEDULES)
         _one_of("training.optimizer", self.optimizer, OPTIMIZERS)
         _one_of("training.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        _one_of("training.report_to", self.report_to, TRACKERS)
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"training.batch_size must be a multiple of training.accumulation, "
                 f"got {self.batch_size} and {self.accumulation}"
             )
-        if self.warmup_steps > self.steps:
-            raise ValueError(
-                f"training.warmup_steps must not exceed training.steps, got {self.warmup_steps} and {self.steps}"
-            )
+
+
+#: Options, sections and values that one wing alone has.
+ONE_WING = {
+    "parscale": "torch", "training.freeze_pretrained": "torch", "training.report_to": "torch",
+    "training.optimizer=lion": "jax",
+}  # fmt: skip
 
 
 @dataclass
 class Config:
     """A run. Everything that decides its loss curve is in here."""
 
-    output: str = "runs/train"  #: the run's folder: config.yaml, metrics.jsonl, checkpoints/
+    output: str = "runs/train"  #: the run's folder: config.yaml, metrics.jsonl, checkpoints/, model/
+    framework: str = "jax"  #: jax, torch
     model: ModelOptions = field(default_factory=ModelOptions)
+    parscale: ParScaleOptions = field(default_factory=ParScaleOptions)
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
 
     def __post_init__(self):
         if not self.output:
             raise ValueError("output must name a folder, got ''")
+        _one_of("framework", self.framework, FRAMEWORKS)
+        for name, value in self._changed().items():
+            section = name.partition(".")[0]
+            only = ONE_WING.get(name) or ONE_WING.get(section) or ONE_WING.get(f"{name}={value}")
+            if only is not None and only != self.framework:
+                raise ValueError(f"{name}={value} is for framework={only}, but framework is {self.framework}")
+            if section == "model" and self.training.base_model is not None:
+                raise ValueError(
+                    f"{name} is for a model from scratch, but training.base_model names "
+                    f"{self.training.base_model!r}: give one"
+                )
+        if self.training.freeze_pretrained and (self.training.base_model is None or self.parscale.parscale_n == 1):
+            raise ValueError(
+                "training.freeze_pretrained trains what ParScale adds to a base model: "
+                "set training.base_model, and parscale.parscale_n above 1"
+            )
         if self.training.eval_every and not self.data.held_out and self.data.eval_corpus is None:
             raise ValueError(
                 "training.eval_every needs something to evaluate on: "
@@ -168,13 +216,23 @@ class Config:
         """Every option by its dotted name."""
         return dict(_leaves(dataclasses.asdict(self)))
 
+    def _changed(self) -> dict[str, Any]:
+        """The options of the sections that aren't at their defaults."""
+        changed = {}
+        for prefix, option in _options():
+            if prefix:
+                value = getattr(getattr(self, prefix[:-1]), option.name)
+                if value != option.default:
+                    changed[prefix + option.name] = value
+        return changed
+
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a YAML file, over the defaults, under dotted overrides.
 
     Args:
         path: a YAML file; None: the one the environment variable ``CONFIG_FILE`` names, if it does.
-        overrides: ``"training.steps=10"`` or ``"--training.steps=10"``; values are YAML.
+        overrides: ``"training.max_steps=10"`` or ``"--training.max_steps=10"``; values are YAML.
 
     Raises:
         ValueError: an unknown key (with the nearest valid one), a value of the wrong type, options that can't go
@@ -189,7 +247,9 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not (key and equals):
-            raise ValueError(f"an override must have the form key=value, such as training.steps=10; got {override!r}")
+            raise ValueError(
+                f"an override must have the form key=value, such as training.max_steps=10; got {override!r}"
+            )
         try:
             value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
         except (YAMLError, OmegaConfBaseException) as error:
@@ -244,6 +304,7 @@ _TYPES = {
     "int | None": "an integer or null",
     "float | None": "a number or null",
     "str | None": "text or null",
+    "list[int] | None": "a list of integers or null",
 }
 
 
@@ -260,10 +321,15 @@ def _nearest(key: str, options: Iterable[str]) -> str:
     """The valid option that a wrong one was most likely meant to be, or all that it could have been."""
     section, _, name = key.rpartition(".")
     by_section = {option: option.rpartition(".") for option in options}
+    names = {parts[2]: option for option, parts in by_section.items()}  # no two options have one name
     here = [option for option, parts in by_section.items() if parts[0] == section]
-    same_name = [option for option, parts in by_section.items() if parts[2] == name]
-    misspelt = [f"{section}.{match}" for match in _close(name, [by_section[option][2] for option in here]) if section]
-    close = same_name or misspelt or ([] if section and here else _close(key, list(by_section)))
+    if name in names:
+        close = [names[name]]
+    elif section:
+        close = [f"{section}.{match}" for match in _close(name, [by_section[option][2] for option in here])]
+        close = close or ([] if here else _close(key, list(by_section)))
+    else:
+        close = [names[match] for match in _close(name, list(names))]
     return f"did you mean {close[0]}?" if close else f"the options are {', '.join(here or by_section)}"
 
 

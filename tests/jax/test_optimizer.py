@@ -10,34 +10,35 @@ from heddle.jax.optimizer import make_optimizer, make_schedule
 
 def rates(**options):
     options = TrainingOptions(learning_rate=1.0, **options)
-    return [float(make_schedule(options)(step)) for step in range(options.steps)]
+    return [float(make_schedule(options)(step)) for step in range(options.max_steps)]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
 def test_the_warm_up_is_linear_and_ends_at_the_peak(schedule):
-    rising = rates(steps=20, warmup_steps=5, schedule=schedule)[:6]
+    rising = rates(max_steps=20, warmup_steps=5, schedule=schedule)[:6]
     np.testing.assert_allclose(rising, [0.2, 0.4, 0.6, 0.8, 1.0, 1.0], rtol=1e-6)
-    assert rates(steps=20, warmup_steps=0, schedule=schedule)[0] == 1.0
-    assert rates(steps=20, warmup_steps=1, schedule=schedule)[0] == 1.0
-    np.testing.assert_allclose(rates(steps=4, warmup_steps=4, schedule=schedule), [0.25, 0.5, 0.75, 1], rtol=1e-6)
+    assert rates(max_steps=20, warmup_steps=0, schedule=schedule)[0] == 1.0
+    assert rates(max_steps=20, warmup_steps=1, schedule=schedule)[0] == 1.0
+    np.testing.assert_allclose(rates(max_steps=4, warmup_steps=4, schedule=schedule), [0.25, 0.5, 0.75, 1], rtol=1e-6)
+    np.testing.assert_allclose(rates(max_steps=2, warmup_steps=4, schedule=schedule), [0.25, 0.5], rtol=1e-6)
 
 
 def test_constant_stays():
-    assert rates(steps=10, schedule="constant") == [1.0] * 10
+    assert rates(max_steps=10, schedule="constant") == [1.0] * 10
 
 
 def test_cosine_falls_along_half_a_cosine():
     steps = np.arange(100)
     expected = np.where(steps < 20, (steps + 1) / 20, 0.1 + 0.9 * (1 + np.cos(np.pi * (steps - 20) / 80)) / 2)
-    np.testing.assert_allclose(rates(steps=100, warmup_steps=20, final_share=0.1), expected, rtol=1e-5)
+    np.testing.assert_allclose(rates(max_steps=100, warmup_steps=20, final_share=0.1), expected, rtol=1e-5)
 
 
 def test_wsd_stays_and_falls_linearly_at_the_end():
-    wsd = rates(steps=100, warmup_steps=10, schedule="wsd", decay_share=0.3, final_share=0.0)
+    wsd = rates(max_steps=100, warmup_steps=10, schedule="wsd", decay_share=0.3, final_share=0.0)
     assert wsd[10:71] == [1.0] * 61
     np.testing.assert_allclose(wsd[70:], 1 - np.arange(30) / 30, rtol=1e-5, atol=1e-6)
-    assert rates(steps=10, schedule="wsd", decay_share=0.0) == [1.0] * 10
-    assert rates(steps=10, warmup_steps=8, schedule="wsd", decay_share=1.0, final_share=0.5)[7:] == [1.0, 1.0, 0.75]
+    assert rates(max_steps=10, schedule="wsd", decay_share=0.0) == [1.0] * 10
+    assert rates(max_steps=10, warmup_steps=8, schedule="wsd", decay_share=1.0, final_share=0.5)[7:] == [1.0, 1.0, 0.75]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion"])

@@ -16,14 +16,14 @@ from flax import nnx
 from heddle import cli
 from heddle.config import load_config
 from heddle.data.tokenizers import Tokenizer
-from heddle.jax.metrics import read_metrics
 from heddle.jax.model import Transformer
 from heddle.jax.run import make_model, prepare, run
+from heddle.metrics import read_metrics
 
 SMALL = [
     "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=1", "model.num_attention_heads=2",
     "model.num_key_value_heads=1", "data.seq_len=64", "data.window=4096", "data.held_out=0.3", "training.batch_size=2",
-    "training.steps=6", "training.eval_every=3", "training.eval_batches=1", "training.checkpoint_every=2",
+    "training.max_steps=6", "training.eval_every=3", "training.eval_batches=1", "training.checkpoint_every=2",
     "training.warmup_steps=0", "training.learning_rate=0.01",
 ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def losses(folder):
 def test_the_quickstart_configuration_is_valid_and_small():
     path = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     config = load_config(path)
-    model = nnx.eval_shape(lambda: make_model(config.model, Tokenizer.bytes(), config.data.seq_len, 0))
+    model = nnx.eval_shape(lambda: make_model(config, Tokenizer.bytes()))
     size = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     assert 1e6 < size < 5e6
 
@@ -76,7 +76,7 @@ def test_a_run_ends_in_a_model_that_loads_and_can_be_trained_further(options, tm
 
     # Further, from its weights: what it is evaluated at before a step is where the first run ended.
     further = [o for o in options if not o.startswith(("model.", "output"))]
-    config = load_config(None, [*further, f"model.path={folder / 'model'}", f"output={tmp_path / 'further'}"])
+    config = load_config(None, [*further, f"training.base_model={folder / 'model'}", f"output={tmp_path / 'further'}"])
     trainer, tokenizer = prepare(config)
     assert tokenizer.vocab_size == 257
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses(folder)[-1][2], rel=1e-5)
@@ -84,7 +84,7 @@ def test_a_run_ends_in_a_model_that_loads_and_can_be_trained_further(options, tm
 
 def test_a_run_goes_on_with_more_steps_but_not_as_another_run(options, tmp_path, monkeypatch, capsys):
     constant = [*options, "training.schedule=constant"]
-    run(load_config(None, [*constant, "training.steps=4", "training.eval_every=0"]))
+    run(load_config(None, [*constant, "training.max_steps=4", "training.eval_every=0"]))
     code, _, error = heddle(monkeypatch, capsys, "train", *constant, "training.learning_rate=0.02", "data.seq_len=32")
     assert code == 2
     assert error == (
@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_more_steps_but_not_as_another_run(options, tmp_path,
 def test_sigterm_saves_and_leaves_with_its_code(options, tmp_path):
     """In a process of its own, as a cluster would do it; then the same command goes on to the same curve."""
     folder = tmp_path / "run"
-    options = [*options, "training.steps=400", "training.eval_every=0", "training.checkpoint_every=0"]
+    options = [*options, "training.max_steps=400", "training.eval_every=0", "training.checkpoint_every=0"]
     command = [sys.executable, "-m", "heddle", "train", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ)
     while '"step": 3,' not in ((folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""):
@@ -121,8 +121,8 @@ def test_sigterm_saves_and_leaves_with_its_code(options, tmp_path):
 ERRORS = {
     "data.corpus=no/such/place": "corpus must be stdlib, hub:NAME, or a file, a folder or a pattern that holds files; "
     "got 'no/such/place'",
-    "model.path=no/such/model.gguf": "no/such/model.gguf: no such file or folder",
-    "training.stps=3": "training.stps is not an option (from the command line); did you mean training.steps?",
+    "training.base_model=no/such/model.gguf": "no/such/model.gguf: no such file or folder",
+    "training.stps=3": "training.stps is not an option (from the command line); did you mean training.max_steps?",
     "data.held_out=1e-9": "data.held_out=1e-09 of data.corpus={corpus} is no text at all: raise it, "
     "name data.eval_corpus, or set training.eval_every=0",
     "data.held_out=0.999999": "data.corpus={corpus} must hold text to train on that data.held_out=0.999999 "
@@ -134,7 +134,7 @@ ERRORS = {
 
 @pytest.mark.parametrize("wrong", ERRORS)
 def test_what_cannot_be_run_is_one_line(options, corpus, tmp_path, monkeypatch, capsys, wrong):
-    if wrong.startswith("model.path"):
+    if wrong.startswith("training.base_model"):
         options = [o for o in options if not o.startswith("model.")]
     code, out, error = heddle(monkeypatch, capsys, "train", *options, wrong.format(corpus=corpus))
     assert (code, out, error) == (2, "", f"heddle: {ERRORS[wrong].format(corpus=corpus)}\n")
@@ -147,18 +147,18 @@ def test_a_tokenizer_larger_than_the_model_is_refused(options, tmp_path):
     class Large(Tokenizer):
         vocab_size = 258
 
-    model = make_model(config.model, Tokenizer.bytes(), 64, 0)
+    model = make_model(config, Tokenizer.bytes())
     model.save_pretrained(tmp_path / "model", Tokenizer.bytes())
-    pretrained = load_config(None, [f"model.path={tmp_path / 'model'}"]).model
+    pretrained = load_config(None, [f"training.base_model={tmp_path / 'model'}"])
     with pytest.raises(ValueError, match=r"data\.tokenizer must have at most the 257 tokens of .*, got 258"):
-        make_model(pretrained, Large(Tokenizer.bytes().backend), 64, 0)
+        make_model(pretrained, Large(Tokenizer.bytes().backend))
 
 
 def test_broken_lines_of_a_corpus_end_a_run_unless_they_are_to_be_skipped(options, tmp_path, caplog):
     path = tmp_path / "corpus.jsonl"
     lines = [f'{{"text": "line {i}, good as the others"}}\n' for i in range(50)]
     path.write_text("".join([lines[0], "bad\n", *lines[1:]]))
-    broken = [*options, f"data.corpus={path}", "training.eval_every=0", "training.steps=2"]
+    broken = [*options, f"data.corpus={path}", "training.eval_every=0", "training.max_steps=2"]
     with pytest.raises(ValueError, match=r"corpus\.jsonl:2: not JSON"):
         run(load_config(None, broken))
     run(load_config(None, [*broken, "data.on_error=skip"]))
@@ -166,8 +166,8 @@ def test_broken_lines_of_a_corpus_end_a_run_unless_they_are_to_be_skipped(option
 
 
 def test_print_config_shows_what_would_run_and_runs_nothing(options, tmp_path, monkeypatch, capsys):
-    code, out, error = heddle(monkeypatch, capsys, "train", *options, "--training.steps=9", "--print-config")
+    code, out, error = heddle(monkeypatch, capsys, "train", *options, "--training.max_steps=9", "--print-config")
     assert (code, error) == (0, "")
     (tmp_path / "printed.yaml").write_text(out)
-    assert load_config(tmp_path / "printed.yaml") == load_config(None, [*options, "training.steps=9"])
+    assert load_config(tmp_path / "printed.yaml") == load_config(None, [*options, "training.max_steps=9"])
     assert not (tmp_path / "run").exists()

@@ -20,7 +20,7 @@ from flax import nnx
 from heddle.config import TrainingOptions
 from heddle.data.packing import NO_TARGET, Batch, Packer
 from heddle.jax.lm import lm
-from heddle.jax.metrics import read_metrics
+from heddle.metrics import read_metrics
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
 from heddle.jax.train import Trainer
@@ -61,7 +61,7 @@ def packer(rows=4):
 
 
 def trainer(output, model=None, objective=lm, evaluation=(), **options):
-    defaults = {"steps": 12, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 0, "eval_every": 0}
+    defaults = {"max_steps": 12, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 0, "eval_every": 0}
     options = TrainingOptions(**defaults | options)
     model = model or Bigram(options.seed)
     return Trainer(model, objective, packer(options.batch_size), options, output, evaluation)
@@ -129,7 +129,7 @@ def test_training_learns_and_the_module_handed_in_is_the_one_trained(uninterrupt
 
 
 def test_parameters_stay_float32_when_computing_in_bfloat16(tmp_path):
-    mixed = trainer(tmp_path, transformer(dtype=jnp.bfloat16, param_dtype=jnp.float32, remat=True), steps=1)
+    mixed = trainer(tmp_path, transformer(dtype=jnp.bfloat16, param_dtype=jnp.float32, remat=True), max_steps=1)
     plain = trainer(tmp_path, transformer(), evaluation=list(islice(packer(), 1)))
     mixed.fit()
     for leaf in jax.tree.leaves((mixed.state.model, mixed.state.optimizer[1][0].mu)):
@@ -144,7 +144,7 @@ def test_objectives_may_measure_more(tmp_path):
         total, count, _ = lm(model, batch, rng)
         return total, count, {"places": jnp.asarray(batch.tokens.size, jnp.float32), "noise": jax.random.normal(rng)}
 
-    trained = trainer(tmp_path, objective=objective, steps=3, accumulation=2, evaluation=list(islice(packer(), 2)))
+    trained = trainer(tmp_path, objective=objective, max_steps=3, accumulation=2, evaluation=list(islice(packer(), 2)))
     trained.fit()
     first, second, third = records(tmp_path)
     assert first["places"] == pytest.approx(4 * SEQ / first["tokens"])
@@ -169,7 +169,7 @@ def poisoned(bad_steps):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
-    trained = trainer(tmp_path, objective=poisoned({3, 4}), steps=6, max_nonfinite=3)
+    trained = trainer(tmp_path, objective=poisoned({3, 4}), max_steps=6, max_nonfinite=3)
     trained.fit()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line.get("skipped")] == [3, 4]
@@ -183,7 +183,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path):
 
 
 def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
-    broken = trainer(tmp_path, objective=poisoned({2, 4, 5}), steps=9, max_nonfinite=2)
+    broken = trainer(tmp_path, objective=poisoned({2, 4, 5}), max_steps=9, max_nonfinite=2)
     with pytest.raises(FloatingPointError, match=r"2 steps in a row had no finite .* the last one step 5") as error:
         broken.fit()
     saved = np.load(tmp_path / "nonfinite-5.npz")
@@ -273,7 +273,7 @@ def test_data_must_come_in_the_batches_the_options_say(tmp_path):
 
 
 def test_finite_data_end_the_run_with_a_checkpoint(tmp_path):
-    short = trainer(tmp_path, steps=100)
+    short = trainer(tmp_path, max_steps=100)
     short._data = Packer(documents, SEQ, 4, seed=1, window=200, epochs=1)
     short.fit()
     steps = len(list(Packer(documents, SEQ, 4, seed=1, window=200, epochs=1)))

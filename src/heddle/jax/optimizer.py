@@ -16,7 +16,7 @@ def make_schedule(options: TrainingOptions) -> optax.Schedule:
     ``cosine`` falls to ``final_share`` of the rate along half a cosine (arXiv 1608.03983, eq. 5, without restarts);
     ``wsd`` stays, and falls linearly to it over the last ``decay_share`` of all steps (arXiv 2404.06395, section 4).
     """
-    peak, warm, rest = options.learning_rate, options.warmup_steps, options.steps - options.warmup_steps
+    peak, warm, rest = options.learning_rate, options.warmup_steps, max(0, options.max_steps - options.warmup_steps)
     final = options.final_share * peak
     pieces, boundaries = [], []
     if warm > 1:
@@ -25,10 +25,10 @@ def make_schedule(options: TrainingOptions) -> optax.Schedule:
         pieces.append(optax.cosine_decay_schedule(peak, rest, options.final_share))
     else:
         pieces.append(optax.constant_schedule(peak))
-    decay = min(rest, round(options.decay_share * options.steps))
+    decay = min(rest, round(options.decay_share * options.max_steps))
     if options.schedule == "wsd" and decay:
         pieces.append(optax.linear_schedule(peak, final, decay))
-        boundaries = [*boundaries, options.steps - decay]
+        boundaries = [*boundaries, options.max_steps - decay]
     return optax.join_schedules(pieces, boundaries)
 
 

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
 from heddle.attention.rope import Rope
-from heddle.config import Config, ModelOptions, load_config
-from heddle.data.corpora import Reader, open_corpus, tokenized
-from heddle.data.packing import Packer
-from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
+from heddle.config import Config
+from heddle.data.tokenizers import Tokenizer
+from heddle.metrics import ProgressBar, Record
+from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
 
 from .lm import lm
-from .metrics import ProgressBar, Record
 from .model import Transformer
 from .model_config import ModelConfig
 from .train import Trainer
-
-#: What a run may change on the way: how long, how often and with how much memory it learns, but not what.
-CHANGEABLE = {"output"} | {
-    f"training.{name}"
-    for name in (
-        "steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_batches", "checkpoint_every", "keep"
-    )
-}  # fmt: skip
-
-
-EMBEDDED = "embedded"  #: names the small model that a package carries, where None means none
 
 
 def run(config: Config, report: Callable[[Record], None] = lambda record: None) -> Trainer:
@@ -51,9 +37,9 @@ def run(config: Config, report: Callable[[Record], None] = lambda record: None) 
             another run. All before the first step.
         FloatingPointError: see :meth:`Trainer.fit`.
     """
-    _check_folder(config)
+    check_folder(config)
     trainer, tokenizer = prepare(config)
-    _write_config(config)
+    write_config(config)
     trainer.fit(report)
     if trainer.stopped_by is None:
         trainer.model.save_pretrained(trainer.output / "model", tokenizer)
@@ -62,7 +48,7 @@ def run(config: Config, report: Callable[[Record], None] = lambda record: None) 
 
 def show(config: Config) -> int:
     """:func:`run` with its progress on the terminal; returns the exit code, 128 + n if signal n ended it early."""
-    with ProgressBar(config.training.steps) as bar:
+    with ProgressBar(config.training.max_steps) as bar:
         try:
             trainer = run(config, bar)
         except FloatingPointError as error:
@@ -77,59 +63,27 @@ def show(config: Config) -> int:
 
 def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
     """The trainer of a configuration, ready to fit, and its tokenizer. Writes nothing."""
-    data, training = config.data, config.training
-    tokenizer = load_tokenizer(_place(data.tokenizer or config.model.path or BYTES))
-
-    def corpus(name: str, part: str, seed: int | None) -> Reader:
-        return open_corpus(
-            name, part=part, held_out=data.held_out, seed=seed,
-            on_error=data.on_error, field=data.field, subset=data.subset, split=data.split,
-        )  # fmt: skip
-
-    separate = data.eval_corpus is not None
-    reader = corpus(data.corpus, "all" if separate else "train", training.seed)
-    if next(reader(0, None), None) is None:
-        rest = "" if separate else f" that data.held_out={data.held_out} leaves over"
-        raise ValueError(f"data.corpus={data.corpus} must hold text to train on{rest}, got none")
-    documents = tokenized(reader, tokenizer)
-    packer = Packer(documents, data.seq_len, training.batch_size, seed=training.seed, window=data.window)
-
-    evaluation = []
-    if training.eval_every:
-        reader = corpus(data.eval_corpus or data.corpus, "all" if separate else "held_out", None)
-        if next(reader(0, None), None) is None:
-            raise ValueError(
-                f"data.eval_corpus={data.eval_corpus} holds no text to evaluate on" if separate else
-                f"data.held_out={data.held_out} of data.corpus={data.corpus} is no text at all: raise it, "
-                "name data.eval_corpus, or set training.eval_every=0"
-            )  # fmt: skip
-        rows = training.batch_size // training.accumulation
-        packed = Packer(tokenized(reader, tokenizer), data.seq_len, rows, window=data.window, epochs=1)
-        evaluation = list(islice(packed, training.eval_batches))
-    model = make_model(config.model, tokenizer, data.seq_len, training.seed, training.compute_dtype, training.remat)
-    return Trainer(model, lm, packer, training, config.output, evaluation), tokenizer
+    tokenizer, packer, evaluation = training_data(config)
+    return Trainer(make_model(config, tokenizer), lm, packer, config.training, config.output, evaluation), tokenizer
 
 
-def make_model(
-    options: ModelOptions, tokenizer: Tokenizer, seq_len: int, seed: int, dtype: str = "float32", remat: bool = False
-) -> Transformer:
-    """The pretrained model that ``options.path`` names, or a new Llama of these sizes for the tokenizer's vocabulary.
+def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
+    """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``.
 
-    Weights are float32, whatever ``dtype`` it computes in. ``seq_len`` becomes a new model's context length.
+    Weights are float32, whatever it computes in. ``data.seq_len`` becomes a new model's context length.
 
     Raises:
         ValueError: a tokenizer with ids that the pretrained model has no embedding for.
     """
-    settings: dict[str, Any] = {"dtype": dtype, "param_dtype": "float32", "remat": remat}
-    if options.path is not None:
-        model = Transformer.from_pretrained(_place(options.path), **settings)
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ValueError(
-                f"data.tokenizer must have at most the {model.config.vocab_size} tokens of {options.path}, "
-                f"got {tokenizer.vocab_size}"
-            )
+    options, training, seq_len = config.model, config.training, config.data.seq_len
+    settings: dict[str, Any] = {
+        "dtype": training.compute_dtype, "param_dtype": "float32", "remat": training.remat
+    }  # fmt: skip
+    if training.base_model is not None:
+        model = Transformer.from_pretrained(place(training.base_model), **settings)
+        check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
-    config = ModelConfig(
+    sizes = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
@@ -143,29 +97,4 @@ def make_model(
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
     )
-    return Transformer(config, rngs=nnx.Rngs(seed), **settings)
-
-
-def _place(name: str) -> str | None:
-    return None if name == EMBEDDED else name
-
-
-def _check_folder(config: Config) -> None:
-    """Refuse to go on with a run that was configured to learn something else."""
-    output = Path(config.output)
-    path, checkpoints = output / "config.yaml", output / "checkpoints"
-    if not path.exists() or not any(checkpoint.name.isdigit() for checkpoint in checkpoints.glob("*")):
-        return
-    before, now = load_config(path).flat(), config.flat()
-    changed = [name for name in now if name not in CHANGEABLE and now[name] != before[name]]
-    if changed:
-        what = ", ".join(f"{name}={before[name]} (not {now[name]})" for name in changed)
-        raise ValueError(f"output {config.output} holds a run with {what}: go on with that, or name another folder")
-
-
-def _write_config(config: Config) -> None:
-    path = Path(config.output) / "config.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = path.with_name(path.name + ".new")
-    written.write_text(config.to_yaml())
-    written.replace(path)
+    return Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -23,8 +21,9 @@ from jaxtyping import Int, UInt32
 from heddle.attention.arrays import Array
 from heddle.config import TrainingOptions
 from heddle.data.packing import Batch, Packer, ahead
+from heddle.metrics import MetricsFile, Record
+from heddle.run import Stop, due, stop_on_signals
 
-from .metrics import MetricsFile, Record
 from .optimizer import make_optimizer, make_schedule
 
 #: ``objective(model, batch, rng)`` returns the sum of the batch's losses (float32), the number of tokens it is over,
@@ -105,7 +104,7 @@ class Trainer:
         self._evaluate = jax.jit(self._loss)
 
     def fit(self, report: Callable[[Record], None] = lambda record: None) -> TrainState:
-        """Train up to ``options.steps``, from the latest checkpoint in the run's folder if there is one.
+        """Train up to ``options.max_steps``, from the latest checkpoint in the run's folder if there is one.
 
         SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); a second one ends at once.
 
@@ -122,9 +121,9 @@ class Trainer:
             self._restore(checkpoints)
             done = int(self.state.step)
             try:
-                if done < self.options.steps:
+                if done < self.options.max_steps:
                     metrics = MetricsFile(self.output / "metrics.jsonl", done)
-                    with closing(metrics), _stop_on_signals() as stop:
+                    with closing(metrics), stop_on_signals() as stop:
                         self._run(checkpoints, metrics, report, stop)
             finally:
                 nnx.update(self.model, self.state.model)
@@ -137,7 +136,7 @@ class Trainer:
         means = _means(jax.tree.map(lambda *parts: sum(parts), *sums))
         return {f"eval_{name}": value.item() for name, value in means.items()}
 
-    def _run(self, checkpoints, metrics: MetricsFile, report: Callable[[Record], None], stop: _Stop) -> None:
+    def _run(self, checkpoints, metrics: MetricsFile, report: Callable[[Record], None], stop: Stop) -> None:
         options, done, compiled = self.options, int(self.state.step), None
         self._data.restore(self.state.data)
 
@@ -147,7 +146,7 @@ class Trainer:
 
         with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
             since, running = 0.0, None  # the step that the device works at while the host prepares the next
-            for step, (batch, after) in zip(range(done + 1, options.steps + 1), batches, strict=False):
+            for step, (batch, after) in zip(range(done + 1, options.max_steps + 1), batches, strict=False):
                 parts = jax.tree.map(lambda x: x.reshape(options.accumulation, -1, *x.shape[1:]), batch)
                 arrays = replace(self.state, data=None)
                 if compiled is None:  # ahead of time, so that the first step's tokens/s is true too
@@ -159,9 +158,9 @@ class Trainer:
                     since = self._finish(*running, since, write)
                 running = step, batch, measured
 
-                stopped, ended = stop.signal, step == options.steps
-                evaluates = len(self._evaluation) and _due(step, options.eval_every, ended)
-                saves = ended or stopped is not None or _due(step, options.checkpoint_every)
+                stopped, ended = stop.signal, step == options.max_steps
+                evaluates = len(self._evaluation) and due(step, options.eval_every, ended)
+                saves = ended or stopped is not None or due(step, options.checkpoint_every)
                 if evaluates or saves:
                     self._finish(*running, since, write)
                     running = None
@@ -174,7 +173,7 @@ class Trainer:
                 if stopped is not None:
                     self.stopped_by = None if ended else stopped
                     return
-            if running is not None:  # the data ended before options.steps
+            if running is not None:  # the data ended before options.max_steps
                 self._finish(*running, since, write)
                 metrics.sync()
                 self._save(checkpoints)
@@ -294,34 +293,3 @@ def _named(tree: Any) -> dict[str, Any]:
 def _with_state(data: Packer) -> Iterator[tuple[Batch, Any]]:
     for batch in data:
         yield batch, data.state()
-
-
-def _due(step: int, every: int, ended: bool = False) -> bool:
-    return bool(every) and (ended or step % every == 0)
-
-
-class _Stop:
-    signal: signal.Signals | None = None
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    """Notes SIGTERM and SIGINT instead of dying of them; the second one does what it always did."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
-        yield stop
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.signal = signal.Signals(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        restore()

@@ -204,7 +204,7 @@ def pack(report: Report, display: Display, tokenizer: Any, fast: bool, summary: 
 
 #: What --fast changes of configs/quickstart.yaml.
 FAST = (
-    "training.steps=30", "training.warmup_steps=5", "training.batch_size=4", "training.eval_every=15",
+    "training.max_steps=30", "training.warmup_steps=5", "training.batch_size=4", "training.eval_every=15",
     "training.eval_batches=1", "training.checkpoint_every=0", "data.window=200_000",
 )  # fmt: skip
 
@@ -224,7 +224,7 @@ def train(report: Report, display: Display, fast: bool, summary: list[str]) -> N
         shutil.rmtree(folder)
     overrides = [f"output={folder}", *(FAST if fast else ())]
     config = load_config(_config(), overrides)
-    steps = config.training.steps
+    steps = config.training.max_steps
     losses: list[tuple[int, float]] = []
     held_out: list[tuple[int, float]] = []
     rates: list[float] = []

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from heddle import cli
-from heddle.jax.metrics import MetricsFile, ProgressBar, draw, read_metrics
+from heddle.metrics import MetricsFile, ProgressBar, draw, read_metrics
 
 
 def write(path, steps, resumed_at=0):

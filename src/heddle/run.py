@@ -1,0 +1,149 @@
+"""What a training run is in either wing: its folder, its data, and how it is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from heddle.config import Config, load_config
+from heddle.data.corpora import Reader, open_corpus, tokenized
+from heddle.data.packing import Batch, Packer
+from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
+
+#: What a run may change on the way: how long, how often and with how much memory it learns, but not what.
+CHANGEABLE = {"output"} | {
+    f"training.{name}"
+    for name in (
+        "max_steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_batches", "checkpoint_every", "keep",
+        "report_to",
+    )
+}  # fmt: skip
+
+EMBEDDED = "embedded"  #: names the small model that a package carries, where None means none
+
+
+class Data(NamedTuple):
+    """What a run learns from, and what it is evaluated on."""
+
+    tokenizer: Tokenizer
+    packer: Packer
+    evaluation: list[Batch]  #: of ``batch_size // accumulation`` rows each; none if the run doesn't evaluate
+
+
+def training_data(config: Config) -> Data:
+    """The data of a configuration. Reads as much as it takes to know that there is something to train on.
+
+    Raises:
+        ValueError: a corpus or tokenizer that can't be read; nothing to train or to evaluate on.
+    """
+    data, training = config.data, config.training
+    tokenizer = load_tokenizer(place(data.tokenizer or training.base_model or BYTES))
+
+    def corpus(name: str, part: str, seed: int | None) -> Reader:
+        return open_corpus(
+            name, part=part, held_out=data.held_out, seed=seed,
+            on_error=data.on_error, field=data.field, subset=data.subset, split=data.split,
+        )  # fmt: skip
+
+    separate = data.eval_corpus is not None
+    reader = corpus(data.corpus, "all" if separate else "train", training.seed)
+    if next(reader(0, None), None) is None:
+        rest = "" if separate else f" that data.held_out={data.held_out} leaves over"
+        raise ValueError(f"data.corpus={data.corpus} must hold text to train on{rest}, got none")
+    documents = tokenized(reader, tokenizer)
+    packer = Packer(documents, data.seq_len, training.batch_size, seed=training.seed, window=data.window)
+
+    evaluation = []
+    if training.eval_every:
+        reader = corpus(data.eval_corpus or data.corpus, "all" if separate else "held_out", None)
+        if next(reader(0, None), None) is None:
+            raise ValueError(
+                f"data.eval_corpus={data.eval_corpus} holds no text to evaluate on" if separate else
+                f"data.held_out={data.held_out} of data.corpus={data.corpus} is no text at all: raise it, "
+                "name data.eval_corpus, or set training.eval_every=0"
+            )  # fmt: skip
+        rows = training.batch_size // training.accumulation
+        packed = Packer(tokenized(reader, tokenizer), data.seq_len, rows, window=data.window, epochs=1)
+        evaluation = list(islice(packed, training.eval_batches))
+    return Data(tokenizer, packer, evaluation)
+
+
+def place(name: str) -> str | None:
+    """What :func:`heddle.data.locate.locate` calls a model that is named so in a configuration."""
+    return None if name == EMBEDDED else name
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, base_model: str) -> None:
+    """Refuse a tokenizer with ids that the pretrained model has no embedding for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"data.tokenizer must have at most the {vocab_size} tokens of {base_model}, got {tokenizer.vocab_size}"
+        )
+
+
+# ---------------------------------------------------------------------- its folder
+
+
+def check_folder(config: Config) -> None:
+    """Refuse to go on with a run that was configured to learn something else."""
+    output = Path(config.output)
+    path, checkpoints = output / "config.yaml", output / "checkpoints"
+    if not path.exists() or not any(checkpoint.name.isdigit() for checkpoint in checkpoints.glob("*")):
+        return
+    before, now = load_config(path).flat(), config.flat()
+    changed = [name for name in now if name not in CHANGEABLE and now[name] != before[name]]
+    if changed:
+        what = ", ".join(f"{name}={before[name]} (not {now[name]})" for name in changed)
+        raise ValueError(f"output {config.output} holds a run with {what}: go on with that, or name another folder")
+
+
+def write_config(config: Config) -> None:
+    """The resolved configuration, beside what the run will write."""
+    path = Path(config.output) / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(path.name + ".new")
+    written.write_text(config.to_yaml())
+    written.replace(path)
+
+
+# ---------------------------------------------------------------------- when to stop, and what is due
+
+
+class Stop:
+    """Which signal has come, if any."""
+
+    signal: signal.Signals | None = None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Notes SIGTERM and SIGINT instead of dying of them; the second one does what it always did."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield stop
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        stop.signal = signal.Signals(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def due(step: int, every: int, ended: bool = False) -> bool:
+    """Whether what happens ``every`` so many steps (0: never), and at the end, happens at this one."""
+    return bool(every) and (ended or step % every == 0)
