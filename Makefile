@@ -57,7 +57,7 @@ bench: $(READY) ## Measure attention and decoding beside their peers, into out/b
 # page. A case that fails is in the page too, and the command fails after it.
 GPU := out/gpu
 GPU_BENCH := $(RUN) -m heddle bench attention --seq 8192,32768 --heads 64 --kv-heads 8 --head-dim 128 --documents 12 \
-  --dtype bfloat16 --peers sdpa-documents,flex
+  --dtype bfloat16 --peers sdpa-documents,flex,cudnn
 gpu-check: export HEDDLE_CASES = $(GPU)
 gpu-check: export HEDDLE_TILES = $(GPU)/tiles.json
 gpu-check: export XLA_PYTHON_CLIENT_PREALLOCATE = false

@@ -108,7 +108,10 @@ def train(
     if print_config:
         print(settings.to_yaml(), end="")
         return
-    from heddle.jax import run
+    if settings.framework == "torch":
+        from heddle.torch import run
+    else:
+        from heddle.jax import run
 
     raise typer.Exit(run.show(settings))
 
@@ -207,7 +210,9 @@ def bench_attention(
     backward: bool = typer.Option(False, "--backward", help="Forward and backward together."),
     dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
     peers: str = typer.Option(
-        "all", help="all, none, or of sdpa-dense, sdpa-documents, flex, jax-dense, jax-causal, with commas."
+        "all",
+        help="all, none, or of sdpa-dense, sdpa-documents, flex, cudnn, flash-attn, jax-dense, jax-causal, kvax, "
+        "with commas.",
     ),
     repeats: int = typer.Option(10, help="Rounds that count; every contender runs once a round."),
     memory: bool = typer.Option(False, "--memory", help="Also the peak memory, each contender in a new process."),

@@ -219,7 +219,57 @@ def _flex(problem: Problem) -> Step:
     return _torch_step(problem, function)
 
 
+def _cudnn(problem: Problem) -> Step:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    whole = _sdpa_documents(problem)
+
+    def step(index: int) -> Any:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return whole(index)
+
+    return step
+
+
+def _flash_attn(problem: Problem) -> Step:
+    import torch
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    spans = [n for _, lengths in problem.rows for n in (*lengths, problem.pad) if n]  # padding is a document too
+    ends = torch.tensor([0, *np.cumsum(spans)], dtype=torch.int32, device="cuda")
+    left = -1 if problem.window is None else problem.window - 1
+
+    def function(q: Any, k: Any, v: Any) -> Any:
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out = flash_attn_varlen_func(
+            *flat, ends, ends, max(spans), max(spans), causal=True, window_size=(left, 0 if problem.window else -1)
+        )
+        return out.view(q.shape)
+
+    return _torch_step(problem, function)
+
+
 # ---------------------------------------------------------------- JAX
+
+
+def _kvax(problem: Problem) -> Step:
+    import jax
+    import jax.numpy as jnp
+    from kvax.ops import create_attention_mask, flash_attention  # type: ignore[import-not-found]
+    from kvax.utils import attention_specs  # type: ignore[import-not-found]
+
+    positions = jnp.broadcast_to(jnp.arange(problem.seq, dtype=jnp.int32), (problem.batch, problem.seq))
+    drawn = [problem.drawn(b).segments for b in range(problem.batch)]
+    segments = jnp.asarray(np.concatenate([s for s in drawn if s is not None]))
+    where = (positions, segments, positions, segments)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = ("data", None, None, None)
+
+    def function(q: Any, k: Any, v: Any, mask: Any) -> Any:
+        return flash_attention(q, k, v, *where, mask, scale=problem.head_dim**-0.5, assume_sequential_positions=True)
+
+    with mesh, attention_specs(query_specs=specs, kv_specs=specs):
+        return _jax_step(problem, function, create_attention_mask(*where, calc_bwd_mask=problem.backward))
 
 
 @functools.lru_cache(maxsize=1)
@@ -295,6 +345,21 @@ def _flex_unsupported(problem: Problem) -> str | None:
     return "it has no backward pass on CPU" if problem.backward and _torch_device().type == "cpu" else None
 
 
+def _on_cuda(package: str | None, window: bool) -> Callable[[Problem], str | None]:
+    """Why a peer that needs a CUDA device, and perhaps a package, can't serve a problem."""
+
+    def unsupported(problem: Problem) -> str | None:
+        if _torch_device().type != "cuda":
+            return "it needs a CUDA device"
+        if package is not None and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        if problem.dtype == "float32":
+            return "it takes bfloat16 and float16"
+        return "it can't say a window" if problem.window and not window else None
+
+    return unsupported
+
+
 OURS = {
     "heddle-torch": Contender("torch", _any, _heddle_torch),
     "heddle-jax": Contender("jax", _any, _heddle_jax),
@@ -303,8 +368,11 @@ PEERS = {
     "sdpa-dense": Contender("torch", _any, _sdpa_dense),
     "sdpa-documents": Contender("torch", _no_window, _sdpa_documents),
     "flex": Contender("torch", _flex_unsupported, _flex),
+    "cudnn": Contender("torch", _on_cuda(None, window=False), _cudnn),
+    "flash-attn": Contender("torch", _on_cuda("flash_attn", window=True), _flash_attn),
     "jax-dense": Contender("jax", _any, _jax_dense),
     "jax-causal": Contender("jax", _causal_alone, _jax_causal),
+    "kvax": Contender("jax", _on_cuda("kvax", window=False), _kvax),
 }
 
 
