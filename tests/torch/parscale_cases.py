@@ -1,4 +1,4 @@
-"""A ParScale model under FSDP against one process. Not collected by name: test_parscale_training.py runs it under torchrun.
+"""A ParScale model under FSDP against one process. Not collected: test_parscale_training.py runs it under torchrun.
 
 What must not come back: prefixes read by the root while their layers are still sharded, which with 4 replicas over 8
 processes isn't even the wrong numbers but a shape that doesn't fit.

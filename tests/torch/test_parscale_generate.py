@@ -144,6 +144,9 @@ def test_a_prompt_for_each_replica(variant, cache):
         whole = torch.cat([whole, new[:, None, None].expand(-1, 3, -1)], 2)
         seen = torch.nn.functional.pad(seen, (0, 1), value=1)
     assert torch.equal(got[:, 5:], whole[:, 0, 5:])
+    if cache == "dynamic":
+        again = it.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, use_cache=False)
+        assert torch.equal(again, got)
     two = it.generate(
         ids, attention_mask=mask, max_new_tokens=NEW, num_beams=2, do_sample=False, cache_implementation=cache,
         disable_compile=True,

@@ -34,6 +34,7 @@ from heddle.attention.replicas import (
 )
 
 from .parscale_config import Qwen2ParScaleConfig as Qwen2ParScaleConfig
+from .parscale_config import is_parscale
 from .parscale_layers import (
     IMPLEMENTATIONS,
     PrefixMLP,
@@ -110,7 +111,16 @@ class Qwen2ParScalePreTrainedModel(Qwen2PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """transformers' own; prefixes that are new to the checkpoint start hidden, see :meth:`hide_prefixes`."""
+        """transformers' own; prefixes that are new to the checkpoint start hidden, see :meth:`hide_prefixes`.
+
+        With ``gguf_file`` the checkpoint is a GGUF file in the folder, as transformers reads it.
+        """
+        if kwargs.get("gguf_file") is not None:
+            names = ("gguf_file", "dtype", "revision", "cache_dir", "token", "local_files_only")
+            base = AutoModelForCausalLM.from_pretrained(*args, **{k: kwargs.pop(k) for k in names if k in kwargs})
+            changes = {name: kwargs.pop(name) for name in list(kwargs) if is_parscale(name)}
+            config = Qwen2ParScaleConfig.from_base(base.config.to_dict(), **changes)
+            args, kwargs = (None,), kwargs | {"config": config, "state_dict": base.state_dict(), "dtype": base.dtype}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         if any(key.endswith("prefix_k") for key in info["missing_keys"]) and model.device.type != "meta":
             model.hide_prefixes()
@@ -311,24 +321,20 @@ class Qwen2ParScaleForCausalLM(Qwen2ParScalePreTrainedModel, Qwen2ForCausalLM):
         self,
         input_ids: Tensor,
         *args: Any,
-        attention_mask: Tensor | None = None,
         replica_input_ids: Tensor | None = None,
         replica_attention_mask: Tensor | None = None,
-        is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """transformers' own, with each replica's prompt at first and its padding ever after."""
         prepared = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            input_ids, *args, attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, **kwargs
         )
         if replica_input_ids is not None and replica_attention_mask is not None:
-            assert attention_mask is not None
-            past = replica_attention_mask.shape[-1]
-            new = attention_mask[:, None, past:].expand(-1, replica_attention_mask.shape[1], -1)
-            prepared["attention_mask"] = torch.cat([replica_attention_mask, new], -1)
-            if prepared["input_ids"].shape[1] >= past:
-                new = prepared["input_ids"][:, None, past:].expand(-1, replica_input_ids.shape[1], -1)
-                prepared["input_ids"] = torch.cat([replica_input_ids, new], -1)
+            new = input_ids.shape[1] - replica_input_ids.shape[-1]
+            prepared["attention_mask"] = nn.functional.pad(replica_attention_mask, (0, new), value=1)
+            if prepared["input_ids"].shape[1] == input_ids.shape[1]:  # the first time, and always without a cache
+                later = input_ids[:, None, replica_input_ids.shape[-1] :].expand(-1, replica_input_ids.shape[1], -1)
+                prepared["input_ids"] = torch.cat([replica_input_ids, later], -1)
         return prepared
 
     def create_masks_for_generate(

@@ -85,29 +85,34 @@ class Qwen2ParScaleConfig(Qwen2Config):
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """As transformers has it; Qwen2's and Llama's configurations become those of a ParScale model of theirs."""
         values, kwargs = super().get_config_dict(*args, **kwargs)
-        return cls._from_base(values), kwargs
+        return _from_base(values), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers has it, but what ``kwargs`` change is checked too."""
-        config_dict, fields = dict(config_dict), cls.__dataclass_fields__
-        config_dict.update({name: kwargs.pop(name) for name in list(kwargs) if name in fields and _ours(name)})
-        return super().from_dict(config_dict, **kwargs)
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if is_parscale(name)}
+        return super().from_dict(config_dict | changes, **kwargs)
 
     @classmethod
-    def _from_base(cls, values: dict[str, Any]) -> dict[str, Any]:
-        kind = values.get("model_type", cls.model_type)
-        if kind == cls.model_type:
-            return {name: value for name, value in values.items() if name != "auto_map"}  # code of released checkpoints
-        if kind not in BASES:
-            raise ValueError(f"model_type must be one of {', '.join((cls.model_type, *BASES))}, got {kind!r}")
-        base = AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"}).to_dict()
-        if kind == "llama" and (base["attention_bias"] or base["mlp_bias"]):
-            raise ValueError("attention_bias and mlp_bias must be false in a Llama checkpoint, as Qwen2 lacks them")
-        for name in ("mlp_bias", "pretraining_tp", "transformers_version"):
-            base.pop(name, None)
-        return base | {"model_type": cls.model_type, "architectures": ["Qwen2ParScaleForCausalLM"]}
+    def from_base(cls, base: dict[str, Any], **changes: Any) -> Any:
+        """The configuration of a ParScale model that starts from a Qwen2 or Llama of configuration ``base``."""
+        return cls.from_dict(_from_base(base), **changes)
 
 
-def _ours(name: str) -> bool:
+def is_parscale(name: str) -> bool:
+    """Whether a field of the configuration is ParScale's."""
     return name.startswith("parscale_") or name in ("enable_cross_attn", "enable_replica_rope")
+
+
+def _from_base(values: dict[str, Any]) -> dict[str, Any]:
+    own, kind = Qwen2ParScaleConfig.model_type, values.get("model_type", Qwen2ParScaleConfig.model_type)
+    if kind == own:
+        return {name: value for name, value in values.items() if name != "auto_map"}  # code of released checkpoints
+    if kind not in BASES:
+        raise ValueError(f"model_type must be one of {', '.join((own, *BASES))}, got {kind!r}")
+    base = AutoConfig.for_model(kind, **{k: v for k, v in values.items() if k != "model_type"}).to_dict()
+    if kind == "llama" and (base["attention_bias"] or base["mlp_bias"]):
+        raise ValueError("attention_bias and mlp_bias must be false in a Llama checkpoint, as Qwen2 lacks them")
+    for name in ("mlp_bias", "pretraining_tp", "transformers_version", "quantization_config"):
+        base.pop(name, None)
+    return base | {"model_type": own, "architectures": ["Qwen2ParScaleForCausalLM"]}
