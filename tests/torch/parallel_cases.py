@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from attention_cases import segments
 from heddle import Mask, attend
@@ -121,11 +122,12 @@ def check_refusals(mesh) -> None:
 class Block(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.project, self.back = torch.nn.Linear(8, 3 * 32), torch.nn.Linear(32, 8)
+        self.query, self.key, self.value = (torch.nn.Linear(8, 32, bias=False) for _ in range(3))
+        self.back = torch.nn.Linear(32, 8)
 
     def forward(self, x, attention):
-        query, key, value = self.project(x).unflatten(-1, (3, 2, 16)).unbind(2)
-        return x + self.back(attention(query, key, value).flatten(2))
+        heads = (project(x).unflatten(-1, (-1, 16)) for project in (self.query, self.key, self.value))
+        return x + self.back(attention(*heads).flatten(2))
 
 
 class Model(torch.nn.Module):
@@ -166,6 +168,35 @@ def check_with_fsdp(method: str) -> None:
         torch.testing.assert_close(got.grad.full_tensor(), want.grad, rtol=0, atol=bound)
 
 
+def check_with_tensor_parallel(method: str) -> None:
+    """Tokens over one axis of the mesh, heads over the other, by torch's own column- and row-wise projections."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+    group = mesh["context"]
+    x = torch.randn(1, SEQ, 8, generator=torch.Generator().manual_seed(1))
+    mask = Mask.documents(ROWS[:1])
+
+    torch.manual_seed(0)
+    alone = Model()
+    alone(x, lambda q, k, v: attend(q, k, v, mask, implementation="reference")).square().sum().backward()
+
+    torch.manual_seed(0)
+    model = Model()
+    columns = dict.fromkeys(("query", "key", "value"), ColwiseParallel())
+    for block in model.blocks:
+        parallelize_module(block, mesh["tensor"], {**columns, "back": RowwiseParallel()})
+    part = shard(mask, group)
+
+    def attention(query, key, value):
+        assert query.shape[2] == 1  # of the two heads
+        return context_attend(query, key, value, part, group, method)
+
+    model(shard(x, group), attention).square().sum().backward()
+    for got, want in zip(model.parameters(), alone.parameters()):
+        grad = got.grad.full_tensor()
+        dist.all_reduce(grad, group=group.get_group())  # the loss is a sum over the tokens
+        torch.testing.assert_close(grad, want.grad, rtol=0, atol=1e-5 * float(want.grad.abs().max()))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -178,6 +209,7 @@ def main() -> None:
     if ranks == 4:
         for method in ("all_gather", "ring"):
             check_with_fsdp(method)
+            check_with_tensor_parallel(method)
     print("same", flush=True)
     dist.destroy_process_group()
 
