@@ -94,6 +94,24 @@ def test_equals_one_dense_matrix(name):
         np.testing.assert_allclose(cross[valid], problem.rows(apart)[valid], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "padding" not in name])
+def test_behind_a_cache(name):
+    """The last queries over all keys: what is in front of a cache is a part of its own."""
+    problem = Problem(**CASES[name])
+    whole, whole_cross = problem.ours(problem.arrays)
+    q, k, v = (problem.rows(problem.arrays[x]) for x in "qkv")
+    for last in (1, 2):
+        got, cross = core.replica_attention(
+            q[:, -last:], k, v, Mask.causal(last, 5, offset=5 - last), replicas=problem.replicas,
+            prefix=(problem.arrays["prefix_k"], problem.arrays["prefix_v"]) if "prefix_k" in problem.arrays else None,
+            prefix_scope=problem.scope, current=(k[:, -last:], v[:, -last:]) if problem.cross else None,
+            bias=problem.arrays.get("bias"), replica_theta=problem.theta,
+        )  # fmt: skip
+        np.testing.assert_allclose(got, whole[:, -last:], rtol=1e-12, atol=1e-13)
+        if cross is not None:
+            np.testing.assert_allclose(cross, whole_cross[:, -last:], rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("implementation", [None, "reference"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_exact(name, implementation):

@@ -2,7 +2,7 @@
 
 "Parallel Scaling Law for Language Models", arXiv 2505.10475, with attention between the replicas. Rows are
 replica-major, ``(replicas batch)``: row ``p * batch + b`` is replica ``p`` of sequence ``b``. Own keys, learned prefix
-and other replicas are parts of one softmax, attended to apart and merged, so no key is copied for another's sake.
+and other replicas are parts of one softmax, attended to apart and merged: no keys are expanded over the replicas.
 """
 
 from __future__ import annotations
@@ -86,18 +86,22 @@ def replica_attention(
         raise ValueError(f"prefix_scope must be 'own' or 'all', got {prefix_scope!r}")
     if prefix is None and current is None:
         return attend(query, key, value, mask, scale=scale, implementation=implementation), None
-    mask = None if mask is None else mask.on(query)
-    parts = [attend(query, key, value, mask, scale=scale, implementation=implementation, return_lse=True)]
+    mask = Mask.full(query.shape[1], key.shape[1], like=query) if mask is None else mask.on(query)
+    visible, parts = mask.counts() > 0, []
     if prefix is not None:
         if prefix[0].shape != prefix[1].shape or prefix[0].shape[:2] != (replicas, key.shape[2]):
             raise ValueError(
                 f"prefix must be keys and values of shape ({replicas}, {key.shape[2]}, n, {key.shape[3]}), "
                 f"got {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)}"
             )
-        parts.append(_attend_prefix(query, *prefix, prefix_scope == "own", scale, implementation))
+        if prefix_scope == "own" and query.shape[1] == key.shape[1]:
+            key, value = (_behind(p, x) for p, x in zip(prefix, (key, value), strict=True))
+            mask = _mask_behind(mask, prefix[0].shape[2])
+        else:
+            parts.append(_attend_prefix(query, *prefix, prefix_scope == "own", scale, implementation))
+    parts.insert(0, attend(query, key, value, mask, scale=scale, implementation=implementation, return_lse=True))
     cross = None
     if current is not None:
-        visible = None if mask is None else mask.start < mask.stop
         cross, lse = attend_replicas(
             query, *current, visible, replicas=replicas, itself=False, replica_theta=replica_theta, scale=scale
         )
@@ -164,11 +168,29 @@ def attend_replicas(
     return out, by_row(xp.where(empty, xp.zeros_like(total) - float("inf"), highest + xp.log(total)))[..., 0]
 
 
+def _behind(prefix: Array, x: Array) -> Array:
+    """Keys (or values) behind each replica's prefix. Without a cache that costs less than a part of its own."""
+    xp, (replicas, kv_heads, n, dim) = namespace(x), prefix.shape
+    prefix = xp.permute_dims(prefix, (0, 2, 1, 3))[:, None]
+    prefix = xp.broadcast_to(prefix, (replicas, x.shape[0] // replicas, n, kv_heads, dim))
+    return xp.concat([xp.reshape(prefix, (x.shape[0], n, kv_heads, dim)), x], axis=1)
+
+
+def _mask_behind(mask: Mask, n: int) -> Mask:
+    def behind() -> Mask:
+        stop = namespace(mask.stop).where(mask.stop > 0, mask.stop + n, mask.stop)
+        return Mask(mask.start + n, stop, mask.prefix + n)
+
+    return mask.keep(("behind a prefix", n), behind, lambda behind: behind.start)
+
+
 def _attend_prefix(
     query: Array, key: Array, value: Array, own: bool, scale: float | None, implementation: str | None
 ) -> tuple[Array, Array]:
-    """Every query over its replica's prefix or over all: queries that see the same keys are one sequence, so that the
-    prefix is neither expanded over the batch nor copied in front of a cache."""
+    """Every query over its replica's prefix, or over all: queries that see the same keys are one sequence.
+
+    So all replicas' prefixes aren't expanded over replicas, nor is a cache copied behind a prefix for each new token.
+    """
     xp, (rows, q_len, heads, dim) = namespace(query), query.shape
     replicas, kv_heads, n, _ = key.shape
     batch = replicas if own else 1
