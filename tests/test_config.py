@@ -122,7 +122,8 @@ ERRORS = {
     "model.tie_word_embeddings=perhaps": "model.tie_word_embeddings must be true or false, got 'perhaps' "
     "(from the command line)",
     # Not an override, not YAML, not there.
-    "training.max_steps": "an override must have the form key=value, such as training.seed=1; got 'training.max_steps'",
+    "training.max_steps": "an override must have the form key=value, such as training.max_steps=10; "
+    "got 'training.max_steps'",
     "data.corpus=a: b: c": "data.corpus=a: b: c isn't a YAML value: mapping values are not allowed here",
     "training.seed=${training.bla}": "training.seed: Interpolation key 'training.bla' not found",
     # Values out of range.

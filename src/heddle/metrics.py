@@ -132,6 +132,8 @@ class ProgressBar:
             self._step(step, self._evaluation, plain)
         else:
             self._training = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+            if "mfu" in record:
+                self._training += f"  MFU {record['mfu']:.1%}"
             if record.get("skipped"):
                 self._step(step, "loss or gradient not finite: step skipped", True)
             self._step(step, self._training, plain and (step % self._every == 0 or step == self._steps))

@@ -20,10 +20,10 @@ from flax import nnx
 from heddle.config import TrainingOptions
 from heddle.data.packing import NO_TARGET, Batch, Packer
 from heddle.jax.lm import lm
-from heddle.metrics import read_metrics
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
 from heddle.jax.train import Trainer
+from heddle.metrics import read_metrics
 
 SEQ = 16
 

@@ -1,0 +1,141 @@
+"""A training run in PyTorch out of its configuration: what ``heddle train framework=torch`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.utils import logging
+
+from heddle.config import Config
+from heddle.data.locate import locate
+from heddle.data.tokenizers import Tokenizer
+from heddle.metrics import ProgressBar, Record
+from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
+
+from .parscale import Qwen2ParScaleForCausalLM
+from .parscale_config import Qwen2ParScaleConfig
+from .train import Trainer, processes
+
+ATTENTION = "heddle"  #: whose masks know packed documents
+
+
+def run(config: Config, report: Callable[[Record], None] = lambda record: None) -> Trainer:
+    """Language modelling of a corpus, from the start or from where this run stands; on as many processes as there are.
+
+    ``config.output`` gets the resolved ``config.yaml``, what :class:`Trainer` writes, and once all steps are done
+    ``model/``, a Hugging Face folder with its tokenizer.
+
+    Args:
+        config: the run.
+        report: called with each record of metrics, in the main process.
+
+    Returns:
+        The trainer; ``trainer.model`` is the trained model.
+
+    Raises:
+        ValueError: a corpus, tokenizer or model that can't be read; nothing to evaluate on; a folder that holds
+            another run; processes that can't share a batch. All before the first step.
+        FloatingPointError: see :meth:`Trainer.fit`.
+    """
+    state = processes()
+    check_folder(config)
+    tokenizer, packer, evaluation = training_data(config)
+    model = make_model(config, tokenizer)
+    trainer = Trainer(model, packer, config.training, config.output, evaluation, config.flat())
+    if state.is_main_process:
+        write_config(config)
+    state.wait_for_everyone()
+    trainer.fit(report)
+    if trainer.stopped_by is None:
+        folder = trainer.output / "model"
+        trainer.save_pretrained(folder)
+        if trainer.is_main:
+            tokenizer.save_pretrained(folder)
+    return trainer
+
+
+def show(config: Config) -> int:
+    """:func:`run` with its progress on the terminal; returns the exit code, 128 + n if signal n ended it early."""
+    state = processes()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with ProgressBar(config.training.max_steps, Console(stderr=True, quiet=not state.is_main_process)) as bar:
+        try:
+            trainer = run(config, bar)
+        except FloatingPointError as error:
+            raise ValueError(str(error)) from error
+        if trainer.stopped_by is not None:
+            bar.note(f"{trainer.stopped_by.name}: saved at step {trainer.step}; the same command goes on from there")
+            return 128 + trainer.stopped_by
+        bar.note(f"{trainer.step} steps done: {trainer.output / 'model'}")
+    state.destroy_process_group()
+    return 0
+
+
+def make_model(config: Config, tokenizer: Tokenizer) -> Any:
+    """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``, in float32.
+
+    With ``parscale.parscale_n`` above 1 as many replicas of it, of model type ``qwen2_parscale``; a ParScale checkpoint
+    keeps its own shape. With ``training.freeze_pretrained`` only what ParScale adds requires gradients. What is new is
+    random by ``training.seed``.
+
+    Raises:
+        ValueError: a tokenizer with ids that the pretrained model has no embedding for; a base model that ParScale
+            can't start from, or that has another number of replicas.
+    """
+    training, replicas = config.training, config.parscale.parscale_n
+    parscale = dataclasses.asdict(config.parscale)
+    with torch.random.fork_rng():
+        torch.manual_seed(training.seed)
+        if training.base_model is None:
+            sizes = _sizes(config, tokenizer)
+            if replicas == 1:
+                return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), attn_implementation=ATTENTION)
+            sizes = Qwen2ParScaleConfig(**sizes, attention_bias=False, **parscale)
+            return Qwen2ParScaleForCausalLM._from_config(sizes, attn_implementation=ATTENTION)
+        model = _pretrained(training.base_model, replicas, parscale)
+    check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
+    if training.freeze_pretrained:
+        new = model.new_parameters()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in new)
+    return model
+
+
+def _sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a model from scratch is, as Llama's and Qwen2's configurations call it."""
+    options = dataclasses.asdict(config.model)
+    return options | {
+        "vocab_size": tokenizer.vocab_size,
+        "max_position_embeddings": config.data.seq_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": options.pop("rope_theta")},
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+
+
+def _pretrained(name: str, replicas: int, parscale: dict[str, Any]) -> Any:
+    path = locate(place(name))
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
+    if path.suffix == ".gguf":
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **settings)
+        del model.config.quantization_config  # the weights are float32 now
+        if replicas == 1:
+            return model
+        config = Qwen2ParScaleConfig.from_base(model.config.to_dict(), **parscale)
+        return Qwen2ParScaleForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict(), **settings)
+    there = AutoConfig.from_pretrained(path)
+    if isinstance(there, Qwen2ParScaleConfig) and there.parscale_n != replicas:
+        raise ValueError(
+            f"parscale.parscale_n must be that of the ParScale model {name}, {there.parscale_n}; got {replicas}"
+        )
+    if replicas == 1:
+        return AutoModelForCausalLM.from_pretrained(path, **settings)
+    return Qwen2ParScaleForCausalLM.from_pretrained(path, **parscale, **settings)
