@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from heddle.attention.arrays import Array, is_concrete, to_numpy
 from heddle.attention.mask import Mask
+from heddle.attention.replicas import replicate, stack_replicas
 
 from .model_config import ModelConfig
 
@@ -21,15 +23,21 @@ class KVCache:
 
     A tuple over layers rather than one array: XLA's CPU back end would copy a layer out of the array for each product.
 
+    With more than one replica, rows are replica-major; a sequence's replicas share its length. Learned prefixes stay in
+    their layers.
+
     Args:
-        keys: of each layer ``(batch, kv_heads, max_len, head_dim)``, rotated.
+        keys: of each layer ``(rows, kv_heads, max_len, head_dim)``, rotated.
         values: as keys.
         lengths: integers ``(batch,)``; what lies at or past a sequence's length is never seen.
+        starts: with more than one replica, integers ``(rows,)``: what lies before is never seen, so that replicas whose
+            prompts are shorter than another's begin later.
     """
 
-    keys: tuple[Float[Array, "batch kv_heads max_len dim"], ...]
-    values: tuple[Float[Array, "batch kv_heads max_len dim"], ...]
+    keys: tuple[Float[Array, "rows kv_heads max_len dim"], ...]
+    values: tuple[Float[Array, "rows kv_heads max_len dim"], ...]
     lengths: Int[Array, " batch"]
+    starts: Int[Array, " rows"] | None = None
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> KVCache:
@@ -37,18 +45,24 @@ class KVCache:
         for name, value in (("batch", batch), ("max_len", max_len)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        shape = (batch, config.kv_heads, max_len, config.dim)
+        rows = config.parscale_n * batch
+        shape = (rows, config.kv_heads, max_len, config.dim)
         layers = range(config.num_hidden_layers)
         # One buffer each: they are donated, and a buffer can be donated once.
         return cls(
             tuple(jnp.zeros(shape, dtype) for _ in layers),
             tuple(jnp.zeros(shape, dtype) for _ in layers),
             jnp.zeros(batch, jnp.int32),
+            jnp.zeros(rows, jnp.int32) if rows > batch else None,
         )
 
     @property
     def batch(self) -> int:
-        return self.keys[0].shape[0]
+        return self.lengths.shape[0]
+
+    @property
+    def replicas(self) -> int:
+        return self.keys[0].shape[0] // self.batch
 
     @property
     def max_len(self) -> int:
@@ -75,14 +89,14 @@ class KVCache:
             )
 
     def write(
-        self, layer: int, key: Float[Array, "batch seq kv_heads dim"], value: Float[Array, "batch seq kv_heads dim"],
-        slots: Int[Array, "batch seq"],
+        self, layer: int, key: Float[Array, "rows seq kv_heads dim"], value: Float[Array, "rows seq kv_heads dim"],
+        slots: Int[Array, "rows seq"],
     ) -> KVCache:  # fmt: skip
         """The cache with these keys and values of one layer at ``slots``; a slot of ``max_len`` writes nothing.
 
         Lengths stay: they advance once a forward (:meth:`advance`), so that every layer writes at the same place.
         """
-        rows = jnp.arange(self.batch)[:, None]
+        rows = jnp.arange(self.keys[layer].shape[0])[:, None]
 
         def put(buffers, new):
             written = buffers[layer].at[rows, :, slots].set(new.astype(buffers[layer].dtype), mode="drop")
@@ -99,5 +113,23 @@ class KVCache:
         return jnp.where(valid, self.positions(valid.shape[1]), self.max_len)
 
     def mask(self, tokens: Int[Array, " batch"], seq: int) -> Mask:
-        """What the next ``seq`` queries see once they are written, ``tokens`` of each sequence being real."""
-        return Mask.lengths(self.lengths + tokens, seq, offset=self.lengths)
+        """What the next ``seq`` queries of each row see once written, ``tokens`` of each sequence being real."""
+        mask = Mask.lengths(self.lengths + tokens, seq, offset=self.lengths)
+        if self.starts is None:
+            return mask
+        stop = replicate(mask.stop, self.replicas)
+        return Mask(jnp.minimum(self.starts[:, None], stop), stop)
+
+    def begin(self, later: Int[Array, "batch replicas"]) -> KVCache:
+        """The cache whose replicas begin so many tokens later than now, if they haven't begun."""
+        if self.starts is None:
+            raise ValueError("later must be of a cache with more than one replica, got one with one")
+        lengths = replicate(self.lengths, self.replicas)
+        starts = jnp.where(self.starts == lengths, lengths + stack_replicas(later), self.starts)
+        return replace(self, starts=starts)
+
+    def begun(self) -> np.ndarray:
+        """Whether each replica of each sequence ``(batch, replicas)`` holds a token; under jit, False."""
+        if self.starts is None or not is_concrete(self.starts) or not is_concrete(self.lengths):
+            return np.zeros((self.batch, self.replicas), bool)
+        return to_numpy(self.lengths)[:, None] > to_numpy(self.starts).reshape(self.replicas, self.batch).T

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +22,10 @@ from heddle.data.gguf import GGUF, ROPE_FACTORS
 from heddle.data.locate import locate, read_json
 
 from .model import Transformer
-from .model_config import ModelConfig
+from .model_config import PARSCALE_FIELDS, ModelConfig
+from .parscale import hide_prefixes, is_new
+
+logger = logging.getLogger(__name__)
 
 #: Our name, Hugging Face's, GGUF's; {} is the layer. Matrices but the embedding are stored transposed there.
 NAMES = (
@@ -47,7 +51,24 @@ NAMES = (
     ("norm.weight", "model.norm.weight", "output_norm.weight"),
     ("head.weight", "lm_head.weight", "output.weight"),
 )
+#: ParScale's, which GGUF has no names for.
+PARSCALE_NAMES = (
+    ("layers.{}.attention.replicas.prefix_k", "model.layers.{}.self_attn.prefix_k"),
+    ("layers.{}.attention.replicas.prefix_v", "model.layers.{}.self_attn.prefix_v"),
+    ("layers.{}.attention.replicas.cross_bias", "model.layers.{}.self_attn.cross_attn_bias"),
+    ("layers.{}.attention.replicas.cross_proj.weight", "model.layers.{}.self_attn.cross_attn_proj.weight"),
+    ("layers.{}.cross_norm.weight", "model.layers.{}.cross_attn_layernorm.weight"),
+    ("layers.{}.cross.q.weight", "model.layers.{}.cross_attn.q_proj.weight"),
+    ("layers.{}.cross.k.weight", "model.layers.{}.cross_attn.k_proj.weight"),
+    ("layers.{}.cross.v.weight", "model.layers.{}.cross_attn.v_proj.weight"),
+    ("layers.{}.cross.o.weight", "model.layers.{}.cross_attn.o_proj.weight"),
+    ("aggregate.down.weight", "model.aggregate_layer.0.weight"),
+    ("aggregate.down.bias", "model.aggregate_layer.0.bias"),
+    ("aggregate.up.weight", "model.aggregate_layer.2.weight"),
+    ("aggregate.up.bias", "model.aggregate_layer.2.bias"),
+)
 _THEIRS = {ours: {"hugging face": hugging_face, "gguf": gguf} for ours, hugging_face, gguf in NAMES}
+_THEIRS |= {ours: {"hugging face": hugging_face} for ours, hugging_face in PARSCALE_NAMES}
 #: What older checkpoints hold and nobody reads: the rotary embedding's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -99,26 +120,63 @@ class Safetensors:
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
-def load(name: str | Path | None = None, *, dtype: Any = "auto", **options: Any) -> Transformer:
+def load(
+    name: str | Path | None = None, *, dtype: Any = "auto", rngs: nnx.Rngs | None = None, **options: Any
+) -> Transformer:
     """The model at a path or of a name on the hub; see :meth:`Transformer.from_pretrained`."""
+    parscale = {field: options.pop(field) for field in PARSCALE_FIELDS if field in options}
     path = locate(name)
     source: Source
     if path.suffix == ".gguf":
         source = GGUF.open(path)
-        config, convention, stored = ModelConfig.from_dict(source.config()), "gguf", "float32"
+        stored_config, convention, stored = ModelConfig.from_dict(source.config()), "gguf", "float32"
     elif path.is_dir():
-        config = ModelConfig.from_json_file(path)
+        stored_config = ModelConfig.from_json_file(path)
         source, convention = Safetensors(path), "hugging face"
         stored = _FLOATS[max(source.dtypes.values(), key=list(source.dtypes.values()).count)]
     else:
         raise ValueError(f"{path}: must be a folder with a config.json and safetensors, or a .gguf file")
+    config = stored_config.with_parscale(**parscale) if parscale else stored_config
     dtype = resolve_dtype(dtype, stored)
-    abstract = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0), dtype=dtype, **options))
+
+    def build(rngs: nnx.Rngs) -> Transformer:
+        return Transformer(config, rngs=rngs, dtype=dtype, **options)
+
+    abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     expected = {_dotted(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
-    _check(source, {name: shape for name, (shape, _) in expected.items()}, config, convention)
-    arrays = [jnp.asarray(_read(source, ours, config, convention), kind) for ours, (_, kind) in expected.items()]
-    return jax.tree.unflatten(treedef, arrays)
+    new = {_dotted(path) for path, _ in leaves if parscale and is_new(path)}
+    new = {ours for ours in new if _theirs(ours, config, convention)[0] not in source.shapes}
+    held = {ours: shape for ours, (shape, _) in expected.items() if ours not in new}
+    _check(source, held, stored_config, convention)
+    arrays = {ours: jnp.asarray(_read(source, ours, stored_config, convention), expected[ours][1]) for ours in held}
+    if new:
+        arrays |= _fresh(build, new, rngs, path)
+    model = jax.tree.unflatten(treedef, [arrays[ours] for ours in expected])
+    if any(ours.endswith("prefix_k") for ours in new) and rngs is not None:
+        hide_prefixes(model, rngs)
+    return model
+
+
+def _fresh(
+    build: Callable[[nnx.Rngs], Transformer], new: set[str], rngs: nnx.Rngs | None, path: Path
+) -> dict[str, jax.Array]:
+    """The initial values of these parameters alone: of the others nothing is drawn."""
+    if rngs is None:
+        raise ValueError(f"rngs must be given, as in rngs=nnx.Rngs(0): {path} lacks {_few(_by_layer(new), 4)}")
+
+    @jax.jit
+    def fresh(key):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(build(nnx.Rngs(key)))
+        return {_dotted(where): leaf for where, leaf in leaves if _dotted(where) in new}
+
+    logger.warning("%s: new parameters, to be trained: %s", path, ", ".join(_by_layer(new)))
+    return fresh(rngs.params())
+
+
+def _by_layer(names: set[str]) -> list[str]:
+    """Names, those of layers with * for the number."""
+    return sorted({re.sub(r"^layers\.\d+", "layers.*", name) for name in names})
 
 
 def resolve_dtype(dtype: Any, stored: str = "float32") -> jnp.dtype:
@@ -192,7 +250,7 @@ def _theirs(ours: str, config: ModelConfig, convention: str) -> tuple[str, bool]
     if ours == "head.weight" and config.tie_word_embeddings:
         return _THEIRS["embedding"][convention], True
     layer = re.search(r"\d+", ours)
-    name = _THEIRS[re.sub(r"\d+", "{}", ours, count=1)][convention]
+    name = _THEIRS[re.sub(r"\d+", "{}", ours, count=1)].get(convention, ours)  # GGUF has no names for ParScale's
     matrix = ours.endswith(".weight") and "norm" not in ours
     return name.format(layer.group() if layer else ""), matrix
 

@@ -25,6 +25,10 @@ PREFILL = (32, 128, 512)
 #: Steps of one call of the compiled loop, at most; with stop strings, which the host looks for, fewer.
 STEPS, STEPS_WITH_STOP = 32, 8
 LEAST_ROOM = 256  #: tokens that a cache has room for, at least: lengths are powers of two, as each compiles anew
+PADDING = -1  #: stands for no token where tokens are read
+
+#: Text or ids; or for each replica one of them.
+Prompt = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Piece(NamedTuple):
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: str | Sequence[str | Sequence[int]],
+    prompts: str | Sequence[Prompt],
     *,
     max_tokens: int = 128,
     sampler: Sampler | None = None,
@@ -65,7 +69,8 @@ def generate(
     Args:
         model: whose weights' dtype the cache takes.
         tokenizer: of the model.
-        prompts: texts, or lists of token ids.
+        prompts: texts, or lists of token ids. Of a ParScale model also lists of as many texts (or lists of ids) as it
+            has replicas, one for each: they are aligned at their ends and continued as one.
         max_tokens: how many tokens to sample, at most; the model's context is a bound too.
         sampler: how a token is chosen; None: the likeliest. See :func:`heddle.jax.sampling.sampler`.
         seed: for random samplers, one for all prompts or one for each. A prompt and its seed give the same text in
@@ -80,7 +85,7 @@ def generate(
     while not run.finished:
         run.advance(STEPS_WITH_STOP if run.stop else STEPS)
     return [
-        Completion(answer.text, tuple(answer.tokens), answer.finish_reason or "length", len(prompt))
+        Completion(answer.text, tuple(answer.tokens), answer.finish_reason or "length", prompt.shape[-1])
         for answer, prompt in zip(run.answers, run.prompts, strict=True)
     ]
 
@@ -88,7 +93,7 @@ def generate(
 def stream(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     *,
     max_tokens: int = 128,
     sampler: Sampler | None = None,
@@ -202,7 +207,7 @@ class Generation:
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        prompts: str | Sequence[str | Sequence[int]],
+        prompts: str | Sequence[Prompt],
         max_tokens: int = 128,
         sampler: Sampler | None = None,
         seed: int | Sequence[int] = 0,
@@ -222,12 +227,15 @@ class Generation:
         self._leaves, self._structure = jax.tree.flatten(model)
         self._stop_ids = jnp.asarray(np.pad(np.asarray(ends, np.int32), (0, -len(ends) % 8 or 8), constant_values=-1))
 
-        limits = [min(max_tokens, config.max_position_embeddings - len(prompt)) for prompt in self.prompts]
+        if past is not None and self.prompts[0].ndim == 2:
+            raise ValueError("prompt must be one for all replicas where there is a past, got one for each")
+        lengths = [prompt.shape[-1] for prompt in self.prompts]
+        limits = [min(max_tokens, config.max_position_embeddings - length) for length in lengths]
         self.answers = [_Answer(tokenizer.decoder(), self.stop, frozenset(ends), limit) for limit in limits]
         self.fresh: list[list[Piece]] = []
-        room = max(len(prompt) + limit for prompt, limit in zip(self.prompts, limits, strict=True))
+        room = max(length + limit for length, limit in zip(lengths, limits, strict=True))
         if past is not None:
-            cache, held = past.resume(model, self.prompts[0], room)
+            cache, held = past.resume(model, self.prompts[0].tolist(), room)
         else:
             cache, held = KVCache.empty(config, len(self.prompts), _room(room, model), model.dtype), 0
 
@@ -235,7 +243,7 @@ class Generation:
         if needs_seen(self.sampler):
             rows = np.zeros((len(self.prompts), config.vocab_size), bool)
             for row, prompt in zip(rows, self.prompts, strict=True):
-                row[prompt] = True
+                row[prompt[prompt != PADDING]] = True
             seen = jnp.asarray(rows)
         last, cache = self._read(model, cache, held)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
@@ -254,18 +262,20 @@ class Generation:
 
     def _read(self, model: Transformer, cache: KVCache, held: int) -> tuple[Array, KVCache]:
         """Fill the cache with the prompts past the ``held`` first tokens; each one's last hidden state."""
-        rest = [prompt[held:] for prompt in self.prompts]
-        longest = max(map(len, rest))
-        last = jnp.zeros((len(rest), model.config.hidden_size), model.dtype)
+        lengths = [prompt.shape[-1] - held for prompt in self.prompts]
+        apart = any(prompt.ndim == 2 for prompt in self.prompts)
+        rows = (len(lengths), model.config.parscale_n) if apart else (len(lengths),)
+        rest = np.full((*rows, max(lengths)), PADDING, np.int32)
+        for row, prompt, length in zip(rest, self.prompts, lengths, strict=True):
+            row[..., :length] = prompt[..., held:]
+        last = jnp.zeros((len(lengths), model.config.hidden_size), model.dtype)
         whole = model.config.rotary.rule in ("dynamic", "longrope")  # these rotate by the length of what is read
         begin = 0
-        for size in [_power_of_two(longest)] if whole else _pieces_of(longest):
-            tokens = np.zeros((len(rest), size), np.int32)
-            counts = np.zeros(len(rest), np.int32)
-            for row, prompt in enumerate(rest):
-                piece = prompt[begin : begin + size]
-                tokens[row, : len(piece)], counts[row] = piece, len(piece)
-            last, cache = _prefill(self._structure, self._leaves, cache, last, tokens, counts)
+        for size in [_power_of_two(max(lengths))] if whole else _pieces_of(max(lengths)):
+            tokens = np.full((*rows, size), PADDING, np.int32)
+            piece = rest[..., begin : begin + size]
+            tokens[..., : piece.shape[-1]] = piece
+            last, cache = _prefill(self._structure, self._leaves, cache, last, tokens)
             begin += size
         return last, cache
 
@@ -280,7 +290,7 @@ class Generation:
                 if token >= 0 and not answer.finish_reason:
                     self.fresh[-1].append(answer.add(token))
         if self.past is not None:
-            self.past.tokens = self.prompts[0] + self.answers[0].tokens
+            self.past.tokens = self.prompts[0].tolist() + self.answers[0].tokens
         if self.stop:  # of which the device knows nothing
             done = jnp.asarray([bool(answer.finish_reason) for answer in self.answers])
             self._state = replace(self._state, done=done)
@@ -290,11 +300,14 @@ class Generation:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(structure: Any, leaves: list, cache: KVCache, last_bd: Array, tokens_bt: Array, counts: Array):
+def _prefill(structure: Any, leaves: list, cache: KVCache, last_bd: Array, tokens: Array):
+    """Read tokens ``(batch, seq)``, or ``(batch, replicas, seq)``, into the cache."""
     model: Transformer = jax.tree.unflatten(structure, leaves)
-    real = jnp.arange(tokens_bt.shape[1]) < counts[:, None]
-    hidden_btd, cache = model.hidden(tokens_bt, segment_ids=jnp.where(real, 0, PADDING_SEGMENT_ID), cache=cache)
-    final_bd = hidden_btd[jnp.arange(tokens_bt.shape[0]), jnp.maximum(counts - 1, 0)]
+    real = tokens != PADDING
+    segment_ids = jnp.where(real, 0, PADDING_SEGMENT_ID)
+    hidden_btd, cache = model.hidden(jnp.maximum(tokens, 0), segment_ids=segment_ids, cache=cache)
+    counts = (real if real.ndim == 2 else real.any(axis=1)).sum(axis=1)
+    final_bd = hidden_btd[jnp.arange(tokens.shape[0]), jnp.maximum(counts - 1, 0)]
     return jnp.where((counts > 0)[:, None], final_bd, last_bd), cache
 
 
@@ -343,13 +356,14 @@ def _choose(
 def _grow(cache: KVCache, max_len: int) -> KVCache:
     more = [(0, 0), (0, 0), (0, max_len - cache.max_len), (0, 0)]
     keys, values = (tuple(jnp.pad(a, more) for a in arrays) for arrays in (cache.keys, cache.values))
-    return KVCache(keys, values, cache.lengths)
+    return replace(cache, keys=keys, values=values)
 
 
 # ---------------------------------------------------------------------- arguments and sizes
 
 
-def _encode(model: Transformer, tokenizer: Tokenizer, prompts: Any) -> list[list[int]]:
+def _encode(model: Transformer, tokenizer: Tokenizer, prompts: Any) -> list[np.ndarray]:
+    """Ids ``(length,)``, or ``(replicas, length)`` with :data:`PADDING` before the shorter ones."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer must have at most the model's vocab_size {model.config.vocab_size}, got {tokenizer.vocab_size}"
@@ -357,20 +371,30 @@ def _encode(model: Transformer, tokenizer: Tokenizer, prompts: Any) -> list[list
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("prompts must hold at least one prompt, got none")
-    context = model.config.max_position_embeddings
-    encoded = []
+    replicas, encoded = model.config.parscale_n, []
     for index, prompt in enumerate(prompts):
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
-        if not ids:
-            raise ValueError(f"prompts[{index}] must hold at least one token, got {prompt!r}")
-        if len(ids) >= context:
-            raise ValueError(
-                f"prompts[{index}] must be shorter than the model's context of {context} tokens, got {len(ids)}"
-            )
-        if min(ids) < 0 or max(ids) >= model.config.vocab_size:
-            raise ValueError(f"prompts[{index}] must hold ids in [0, {model.config.vocab_size}), got {ids}")
-        encoded.append(ids)
+        name = f"prompts[{index}]"
+        if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], (str, Sequence, np.ndarray)):
+            encoded.append(_encode_one(model, tokenizer, name, prompt))
+            continue
+        if replicas == 1 or len(prompt) != replicas:
+            raise ValueError(f"{name} must be text, ids or one of them for each replica ({replicas}), got {prompt!r}")
+        each = [_encode_one(model, tokenizer, f"{name}[{r}]", prompt[r]) for r in range(replicas)]
+        longest = max(map(len, each))
+        encoded.append(np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=PADDING) for ids in each]))
     return encoded
+
+
+def _encode_one(model: Transformer, tokenizer: Tokenizer, name: str, prompt: Any) -> np.ndarray:
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    context, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
+    if not ids:
+        raise ValueError(f"{name} must hold at least one token, got {prompt!r}")
+    if len(ids) >= context:
+        raise ValueError(f"{name} must be shorter than the model's context of {context} tokens, got {len(ids)}")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(f"{name} must hold ids in [0, {vocab_size}), got {ids}")
+    return np.asarray(ids, np.int32)
 
 
 def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""The transformer: Llama, Mistral, Qwen2 and Qwen3, as their ``config.json`` says.
+"""The transformer: Llama, Mistral, Qwen2, Qwen3 and ParScale's Qwen2, as their ``config.json`` says.
 
 In names, b: batch, t: tokens, d: hidden size, q, k: query and key/value heads, h: head size, f: feed-forward size,
-v: vocabulary.
+v: vocabulary. ParScale's replicas are rows of the batch, replica-major (:mod:`heddle.attention.replicas`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from jaxtyping import Int
 
 from heddle.attention import PADDING_SEGMENT_ID, Mask, attend
 from heddle.attention.arrays import Array, is_concrete, to_numpy
+from heddle.attention.replicas import replicate, stack_replicas
 from heddle.attention.rope import rotate
 
 from .cache import KVCache
+from .layers import Linear, RMSNorm
 from .model_config import ModelConfig
+from .parscale import Aggregate, CrossAttention, Replicas
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
@@ -31,65 +34,50 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-class Linear(nnx.Module):
-    """``x @ weight + bias``, weight ``(inputs, outputs)``: on a CPU the transposed product is far slower."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float, rngs: nnx.Rngs, dtype):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), dtype))
-        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
-
-    def __call__(self, x):
-        x = x @ self.weight.astype(x.dtype)
-        return x if self.bias is None else x + self.bias.astype(x.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """Root mean square normalisation (arXiv 1910.07467, eq. 4) of the last axis, computed in float32."""
-
-    def __init__(self, size: int, eps: float, *, dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype))
-        self.eps = eps
-
-    def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight.astype(x.dtype) * x32.astype(x.dtype)
-
-
 class Step(NamedTuple):
     """What every layer of one forward shares."""
 
     rotary: tuple[Array, Array]  #: cos and sin of the tokens' positions
-    masks: dict[int | None, Mask]  #: by window
     slots: Array | None  #: where tokens go in the cache
+    added: Array | None  #: how many tokens the cache will hold more of each sequence
 
 
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv 2305.13245) with rotary positions."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype):
         d, h = config.hidden_size, config.dim
         options = {"std": config.initializer_range, "rngs": rngs, "dtype": dtype}
         self.q = Linear(d, config.num_attention_heads * h, bias=config.qkv_bias, **options)
         self.k = Linear(d, config.kv_heads * h, bias=config.qkv_bias, **options)
         self.v = Linear(d, config.kv_heads * h, bias=config.qkv_bias, **options)
-        self.o = Linear(config.num_attention_heads * h, d, bias=config.attention_bias, **options)
+        self.o = Linear(config.num_attention_heads * h, d, bias=config.output_bias, **options)
         self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.replicas = Replicas(config, layer, rngs=rngs, dtype=dtype) if config.parscale_n > 1 else None
         self.head_dim = h
 
-    def __call__(self, x_btd, mask: Mask, step: Step, cache: KVCache | None, layer: int):
+    def heads(self, x_btd, step: Step):
+        """Queries, keys and values, turned by their positions."""
         q_btqh, k_btkh, v_btkh = (
             part.reshape(*part.shape[:2], -1, self.head_dim) for part in (self.q(x_btd), self.k(x_btd), self.v(x_btd))
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_btqh, k_btkh = self.q_norm(q_btqh), self.k_norm(k_btkh)
-        q_btqh, k_btkh = rotate(q_btqh, *step.rotary), rotate(k_btkh, *step.rotary)
+        return rotate(q_btqh, *step.rotary), rotate(k_btkh, *step.rotary), v_btkh
+
+    def __call__(self, x_btd, mask: Mask, step: Step, cache: KVCache | None, layer: int):
+        q_btqh, k_btkh, v_btkh = self.heads(x_btd, step)
+        current = k_btkh, v_btkh
         if cache is not None:
             cache = cache.write(layer, k_btkh, v_btkh, step.slots)
             k_btkh, v_btkh = (a[layer].swapaxes(1, 2).astype(q_btqh.dtype) for a in (cache.keys, cache.values))
-        out_btqh = attend(q_btqh, k_btkh, v_btkh, mask)
-        return self.o(out_btqh.reshape(*x_btd.shape[:2], -1)), cache
+        if self.replicas is None:
+            out_btqh, across_btd = attend(q_btqh, k_btkh, v_btkh, mask), None
+        else:
+            out_btqh, across_btd = self.replicas(q_btqh, k_btkh, v_btkh, mask, current)
+        out_btd = self.o(out_btqh.reshape(*x_btd.shape[:2], -1))
+        return out_btd if across_btd is None else out_btd + across_btd, cache
 
 
 class FeedForward(nnx.Module):
@@ -108,13 +96,23 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs, dtype):
+        sublayer = config.cross_attn_mode(layer) == "sublayer"
+        self.cross_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype) if sublayer else None
+        self.cross = CrossAttention(config, rngs=rngs, dtype=dtype) if sublayer else None
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.attention = Attention(config, rngs=rngs, dtype=dtype)
+        self.attention = Attention(config, layer, rngs=rngs, dtype=dtype)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.ffn = FeedForward(config, rngs=rngs, dtype=dtype)
 
+    def look_across(self, x_btd, mask: Mask):
+        """What other replicas show before self-attention, where they do."""
+        if self.cross is None or self.cross_norm is None:
+            return x_btd
+        return x_btd + self.cross(self.cross_norm(x_btd), mask.start < mask.stop)
+
     def __call__(self, x_btd, mask: Mask, step: Step, cache: KVCache | None, layer: int):
+        x_btd = self.look_across(x_btd, mask)
         attended_btd, cache = self.attention(self.attention_norm(x_btd), mask, step, cache, layer)
         x_btd = x_btd + attended_btd
         return x_btd + self.ffn(self.ffn_norm(x_btd)), cache
@@ -147,8 +145,9 @@ class Transformer(nnx.Module):
         # product, a fifth of the work of a small model's decoding step, keeps the fast layout.
         tied = config.tie_word_embeddings
         self.embedding = None if tied else nnx.Param(std * jax.random.normal(rngs.params(), size, weights))
-        self.layers = nnx.List([Block(config, **options) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List([Block(config, layer, **options) for layer in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=weights)
+        self.aggregate = Aggregate(config, **options) if config.parscale_n > 1 else None
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False, std=std, **options)
 
     @classmethod
@@ -159,11 +158,15 @@ class Transformer(nnx.Module):
             name: folder, ``.gguf`` file or hub name.
             dtype: of weights and computation. ``"auto"``: float32 on a CPU (XLA's products of one bfloat16 row are
                 twenty times slower there), elsewhere as the checkpoint says.
-            options: ``param_dtype`` and ``remat``, as for the class.
+            options: ``param_dtype`` and ``remat``, as for the class. And ``parscale_n`` and ParScale's other fields of
+                :class:`ModelConfig`, to start a ParScale model from this one, with ``rngs``: where the parameters that
+                are new come from. They start so that the model nearly keeps what it computed, and which they are is
+                logged.
 
         Raises:
             FileNotFoundError: nothing there.
-            ValueError: what is there is broken, not supported, or not the model its configuration says.
+            ValueError: what is there is broken, not supported, or not the model its configuration says; new
+                parameters without ``rngs``.
         """
         from .checkpoint import load
 
@@ -177,18 +180,20 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch seq"],
+        tokens: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"],
         positions: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
         cache: KVCache | None = None,
     ):
         """Logits of the next token after each token, ``(batch, seq, vocab)``; with a cache ``(logits, cache)``.
 
         Args:
-            tokens: ids below ``config.vocab_size``.
+            tokens: ids below ``config.vocab_size``; ``(batch, replicas, seq)`` gives each replica its own.
             positions: for the rotary embedding; by default each document's own, from 0, or those after the cache's.
             segment_ids: without a cache, which document each token belongs to, as :meth:`heddle.Mask.documents` has
-                it. With a cache, -1 at the end of each row marks padding, which isn't remembered.
+                it. With a cache, -1 at the end of each row marks padding, which isn't remembered. A third axis, where
+                tokens have it, gives each replica its own: positions are then by default the indices, the same for
+                all replicas, and with a cache -1 may stand before the first token of a replica.
             cache: the tokens before these; they see it, and it is returned with them added.
 
         Raises:
@@ -202,42 +207,70 @@ class Transformer(nnx.Module):
 
     def hidden(
         self,
-        tokens: Int[Array, "batch seq"],
+        tokens: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"],
         positions: Int[Array, "batch seq"] | None = None,
-        segment_ids: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
         cache: KVCache | None = None,
     ) -> Any:
         """As the call, but the final hidden states ``(batch, seq, hidden)``: ``model.head`` makes logits of them."""
-        self._check(tokens, positions, segment_ids, cache)
-        seq = tokens.shape[1]
-        slots = added = None
-        if cache is not None:
-            valid = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != PADDING_SEGMENT_ID
-            added = valid.sum(axis=1, dtype=jnp.int32)
-            cache.check(added)
-            mask, slots, default = cache.mask(added, seq), cache.slots(valid), cache.positions(seq)
-            default = jnp.where(valid, default, 0)
-        elif segment_ids is None:
-            mask = Mask.causal(seq, seq, like=tokens)
-            default = jnp.broadcast_to(jnp.arange(seq, dtype=jnp.int32), tokens.shape)
-        else:
-            mask = Mask.documents(segment_ids)
-            default = jnp.where(segment_ids == PADDING_SEGMENT_ID, 0, jnp.arange(seq, dtype=jnp.int32) - mask.start)
-
-        offset = 0 if cache is None else cache.lengths
-        masks: dict[int | None, Mask] = {
-            size: mask if size is None else mask & Mask.window(seq, size, offset=offset, like=tokens)
-            for size in set(self.config.windows)
-        }
-        step = Step(self.config.rotary.tables(default if positions is None else positions), masks, slots)
-        x_btd = self._embed(tokens)
+        x_btd, masks, step, cache = self.prepare(tokens, positions, segment_ids, cache)
         for index, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
             if self.remat and cache is None:
                 x_btd = jax.checkpoint(lambda layer, *args: layer(*args, None, 0)[0])(layer, x_btd, masks[window], step)
             else:
                 x_btd, cache = layer(x_btd, masks[window], step, cache, index)
         x_btd = self.norm(x_btd)
-        return x_btd if cache is None or added is None else (x_btd, cache.advance(added))
+        if self.aggregate is not None:
+            x_btd = self.aggregate(x_btd)
+        return x_btd if cache is None else (x_btd, cache.advance(step.added))
+
+    def prepare(
+        self,
+        tokens: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"],
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Array, dict[int | None, Mask], Step, KVCache | None]:
+        """What the layers take: the embeddings of all rows, the mask of each window, the rest, the cache.
+
+        Arguments as of the call, checked here.
+        """
+        self._check(tokens, positions, segment_ids, cache)
+        seq, added, slots, offset = tokens.shape[-1], None, None, 0
+        index = jnp.arange(seq, dtype=jnp.int32)
+        apart = segment_ids is not None and segment_ids.ndim == 3
+        if cache is not None:
+            real = jnp.ones((cache.batch, seq), bool) if segment_ids is None else segment_ids != PADDING_SEGMENT_ID
+            if apart:
+                each, real = real, real.any(axis=1)
+                cache = cache.begin((real[:, None] & ~each).sum(axis=2, dtype=jnp.int32))
+            added = real.sum(axis=1, dtype=jnp.int32)
+            cache.check(added)
+            mask, slots, default = cache.mask(added, seq), self._rows(cache.slots(real)), cache.positions(seq)
+            default, offset = jnp.where(real, default, 0), self._rows(cache.lengths)
+        elif segment_ids is None:
+            mask = Mask.causal(seq, seq, like=tokens)
+            default = jnp.broadcast_to(index, (tokens.shape[0], seq))
+        elif apart:
+            mask = Mask.documents(stack_replicas(segment_ids))
+            default = jnp.broadcast_to(index, (tokens.shape[0], seq))
+        else:
+            mask = Mask.documents(segment_ids)
+            default = jnp.where(segment_ids == PADDING_SEGMENT_ID, 0, index - mask.start)
+            mask = Mask(self._rows(mask.start), self._rows(mask.stop))
+
+        masks: dict[int | None, Mask] = {
+            size: mask if size is None else mask & Mask.window(seq, size, offset=offset, like=tokens)
+            for size in set(self.config.windows)
+        }
+        cos, sin = self.config.rotary.tables(default if positions is None else positions)
+        x_btd = self._embed(tokens)
+        x_btd = self._rows(x_btd) if tokens.ndim == 2 else stack_replicas(x_btd)
+        return x_btd, masks, Step((self._rows(cos), self._rows(sin)), slots, added), cache
+
+    def _rows(self, x):
+        """What all replicas share, a row for each."""
+        return x if self.config.parscale_n == 1 else replicate(x, self.config.parscale_n)
 
     def _embed(self, tokens):
         if self.embedding is not None:
@@ -245,16 +278,22 @@ class Transformer(nnx.Module):
         return jnp.moveaxis(self.head.weight[:, tokens], 0, -1).astype(self.dtype)
 
     def _check(self, tokens, positions, segment_ids, cache) -> None:
-        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
-            raise ValueError(f"tokens must be integers of shape (batch, seq), got {tokens.dtype} of {tokens.shape}")
+        replicas = self.config.parscale_n
+        wanted = "(batch, seq)" if replicas == 1 else f"(batch, seq) or (batch, {replicas}, seq)"
+        fits = tokens.ndim == 2 or (tokens.ndim == 3 and tokens.shape[1] == replicas > 1)
+        if not fits or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
+            raise ValueError(f"tokens must be integers of shape {wanted}, got {tokens.dtype} of {tokens.shape}")
         if is_concrete(tokens):
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"tokens must be in [0, {self.config.vocab_size}), got {bad}")
-        for name, array in (("positions", positions), ("segment_ids", segment_ids)):
-            if array is not None and array.shape != tokens.shape:
-                raise ValueError(f"{name} must have tokens' shape {tokens.shape}, got {array.shape}")
+        shared = tokens.shape[0], tokens.shape[-1]
+        for name, array, shapes in (
+            ("positions", positions, (shared,)), ("segment_ids", segment_ids, (tokens.shape, shared)),
+        ):  # fmt: skip
+            if array is not None and array.shape not in shapes:
+                raise ValueError(f"{name} must have tokens' shape {shapes[0]}, got {array.shape}")
         if cache is None:
             return
         if cache.batch != tokens.shape[0] or len(cache.keys) != len(self.layers):
@@ -262,7 +301,21 @@ class Transformer(nnx.Module):
                 f"cache must be of {len(self.layers)} layers and batch size {tokens.shape[0]}, "
                 f"got {len(cache.keys)} and {cache.batch}"
             )
+        if cache.replicas != replicas:
+            raise ValueError(f"cache must be of {replicas} replicas, got {cache.replicas}")
         if segment_ids is not None and is_concrete(segment_ids):
-            padding = to_numpy(segment_ids) == PADDING_SEGMENT_ID
-            if (padding[:, :-1] & ~padding[:, 1:]).any():
-                raise ValueError("segment_ids must be -1 only at the end of each row where there is a cache")
+            self._check_padding(to_numpy(segment_ids) == PADDING_SEGMENT_ID, cache)
+
+    def _check_padding(self, padding, cache: KVCache) -> None:
+        """A cache's rows hold one stretch of tokens, which ends where the sequence ends."""
+        whole = padding.all(axis=1) if padding.ndim == 3 else padding
+        if (whole[:, :-1] & ~whole[:, 1:]).any():
+            raise ValueError("segment_ids must be -1 only at the end of each row where there is a cache")
+        if padding.ndim == 2:
+            return
+        ends = ~padding[:, :, :-1] & padding[:, :, 1:] & ~whole[:, None, 1:]
+        if ends.any() or (padding[:, :, 0] & ~whole[:, :1] & cache.begun()).any():
+            raise ValueError(
+                "segment_ids of a replica must be -1 only before its first token or at the end of its sequence where "
+                "there is a cache"
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,31 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
-}
+    "qwen2_parscale": {
+        "num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "attention_bias": True,
+    },
+}  # fmt: skip
+PARSCALE = "qwen2_parscale"
+PARSCALE_BASES = ("llama", "qwen2", PARSCALE)  #: model types whose weights a ParScale model may start from
+CROSS_ATTN_MODES = ("joint", "sublayer")
+PREFIX_SCOPES = ("own", "all")
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 _ROPE = {"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"}
-_WINDOW = {"use_sliding_window", "max_window_layers"}  # qwen2's and qwen3's way to say layer_types
+_WINDOW = {"use_sliding_window", "max_window_layers"}  # Qwen's way to say layer_types
+_WINDOW_TYPES = ("qwen2", "qwen3", PARSCALE)
 #: Fields that change nothing here, whatever they say.
 _HARMLESS = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "dtype", "is_llama_config", "max_length",
-    "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "dtype", "is_llama_config",
+    "max_length", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed", "unsloth_version",
+    "use_cache",
 }  # fmt: skip
 #: Fields that change nothing as long as they say this.
 _ONLY = {
     "attention_dropout": 0, "chunk_size_feed_forward": 0, "is_encoder_decoder": False, "output_attentions": False,
-    "output_hidden_states": False, "pretraining_tp": 1, "return_dict": True, "rope_interleaved": False,
+    "output_hidden_states": False, "parscale_prefix_mlp": 0, "pretraining_tp": 1, "return_dict": True,
+    "rope_interleaved": False,
 }  # fmt: skip
 
 
@@ -40,8 +50,15 @@ class ModelConfig:
     """A decoder-only transformer of Llama's kind; the fields are those of a Hugging Face ``config.json``.
 
     ``num_key_value_heads``, ``head_dim``, ``rope`` and ``layer_types`` follow from the rest where they are None.
-    ``attention_bias`` gives q, k, v and o a bias (llama, qwen3; qwen2 always has those of q, k and v); ``layer_types``
-    says which layers see ``sliding_window`` keys only. Hashable, so static under jax.jit.
+    ``attention_bias`` gives q, k, v and o a bias (llama, qwen3; qwen2 always has those of q, k and v; in qwen2_parscale
+    those of q, k and v); ``layer_types`` says which layers see ``sliding_window`` keys only. Hashable, so static under
+    jax.jit.
+
+    ParScale (arXiv 2505.10475), in model type qwen2_parscale: ``parscale_n`` replicas, with ``parscale_n_tokens``
+    learned prefix keys in each layer, of which a replica sees its ``"own"`` or ``"all"`` (``parscale_prefix_scope``);
+    ``parscale_attn_smooth`` is the ε of their weights in the sum. With ``enable_cross_attn`` they look at each other in
+    ``parscale_cross_attn_layers`` (None: all), in self-attention's own softmax (``"joint"``) or before it
+    (``"sublayer"``); ``enable_replica_rope`` turns these queries and keys by the replica's index.
 
     Raises:
         ValueError: sizes that don't go together, a feature that the model type lacks, an unknown activation.
@@ -68,6 +85,14 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    parscale_n: int = 1
+    parscale_n_tokens: int = 48
+    parscale_attn_smooth: float = 0.01
+    parscale_prefix_scope: str = "own"
+    enable_cross_attn: bool = False
+    parscale_cross_attn_layers: tuple[int, ...] | None = None
+    parscale_cross_attn_mode: str = "joint"
+    enable_replica_rope: bool = False
 
     def __post_init__(self):
         if self.model_type not in MODEL_TYPES:
@@ -85,9 +110,29 @@ class ModelConfig:
             raise ValueError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
         self._fill_heads()
         self._fill_layer_types()
-        for name, types in {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}.items():
+        for name, types in {"attention_bias": ("llama", "qwen3", PARSCALE), "mlp_bias": ("llama",)}.items():
             if getattr(self, name) and self.model_type not in types:
                 raise ValueError(f"{name} must be false for model_type {self.model_type!r}, got true")
+        self._check_parscale()
+
+    def _check_parscale(self) -> None:
+        if self.parscale_n < 1:
+            raise ValueError(f"parscale_n must be at least 1, got {self.parscale_n}")
+        if self.parscale_n > 1 and self.model_type != PARSCALE:
+            raise ValueError(f"parscale_n must be 1 for model_type {self.model_type!r}, got {self.parscale_n}")
+        if self.parscale_n_tokens < 0:
+            raise ValueError(f"parscale_n_tokens must be at least 0, got {self.parscale_n_tokens}")
+        if not 0 <= self.parscale_attn_smooth < 1:
+            raise ValueError(f"parscale_attn_smooth must be in [0, 1), got {self.parscale_attn_smooth}")
+        known = {"parscale_prefix_scope": PREFIX_SCOPES, "parscale_cross_attn_mode": CROSS_ATTN_MODES}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}")
+        wrong = [i for i in self.parscale_cross_attn_layers or () if not 0 <= i < self.num_hidden_layers]
+        if wrong:
+            raise ValueError(
+                f"parscale_cross_attn_layers must be in [0, {self.num_hidden_layers}), got {', '.join(map(str, wrong))}"
+            )
 
     def _fill_heads(self) -> None:
         if self.num_key_value_heads is None:
@@ -152,6 +197,11 @@ class ModelConfig:
         return self.attention_bias or self.model_type == "qwen2"
 
     @property
+    def output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.attention_bias and self.model_type != PARSCALE
+
+    @property
     def qk_norm(self) -> bool:
         """Whether each head's query and key pass an RMSNorm before they are rotated."""
         return self.model_type == "qwen3"
@@ -160,6 +210,28 @@ class ModelConfig:
     def eos_ids(self) -> tuple[int, ...]:
         eos = self.eos_token_id
         return () if eos is None else (eos,) if isinstance(eos, int) else eos
+
+    def cross_attn_mode(self, layer: int) -> str | None:
+        """How replicas look at each other in this layer: ``"joint"``, ``"sublayer"`` or None, not at all."""
+        layers = self.parscale_cross_attn_layers
+        enabled = self.parscale_n > 1 and self.enable_cross_attn and (layers is None or layer in layers)
+        return self.parscale_cross_attn_mode if enabled else None
+
+    def with_parscale(self, **options: Any) -> ModelConfig:
+        """The ParScale model that starts from such a model's weights, with these of the ``parscale_*`` fields changed.
+
+        Raises:
+            ValueError: no such field, a value out of range, a model type or a feature that ParScale's lacks.
+        """
+        if unknown := sorted(set(options) - set(PARSCALE_FIELDS)):
+            raise ValueError(f"ParScale's options are {', '.join(PARSCALE_FIELDS)}; got {', '.join(unknown)}")
+        if self.model_type not in PARSCALE_BASES:
+            raise ValueError(f"ParScale starts from {', '.join(PARSCALE_BASES)} models, got {self.model_type!r}")
+        if self.model_type == "llama" and (self.attention_bias or self.mlp_bias):
+            raise ValueError("attention_bias and mlp_bias must be false in a Llama model that ParScale starts from")
+        types = {field.name: str(field.type) for field in fields(self)}
+        values = {n: None if value is None else _typed(n, value, types[n]) for n, value in options.items()}
+        return replace(self, model_type=PARSCALE, attention_bias=self.qkv_bias, **values)
 
     # ------------------------------------------------------------------ config.json
 
@@ -174,8 +246,9 @@ class ModelConfig:
         model_type = given.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}; got {model_type!r}")
-        own = {field.name: field for field in fields(cls) if field.name != "rope"}
-        known = {*own, *_ROPE, *_HARMLESS, *_ONLY, *(_WINDOW if model_type in ("qwen2", "qwen3") else ())}
+        apart = {"rope", *(() if model_type == PARSCALE else PARSCALE_FIELDS)}
+        own = {field.name: field for field in fields(cls) if field.name not in apart}
+        known = {*own, *_ROPE, *_HARMLESS, *_ONLY, *(_WINDOW if model_type in _WINDOW_TYPES else ())}
         if unknown := sorted(set(given) - known):
             raise ValueError(f"fields that aren't supported for model_type {model_type!r}: {', '.join(unknown)}")
         if missing := [name for name, field in own.items() if field.default is MISSING and name not in given]:
@@ -188,7 +261,7 @@ class ModelConfig:
         for name, default in MODEL_TYPES[model_type].items():
             if name not in config:
                 values[name] = default
-        if model_type in ("qwen2", "qwen3"):
+        if model_type in _WINDOW_TYPES:
             if not given.get("use_sliding_window", False):
                 values.pop("sliding_window", None)
             elif "layer_types" not in values and "sliding_window" in values:
@@ -231,22 +304,33 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that transformers 5 loads as the same model."""
         config = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _SAVED_APART}
-        config["architectures"] = [f"{self.model_type.capitalize()}ForCausalLM"]
+        name = "Qwen2ParScale" if self.model_type == PARSCALE else self.model_type.capitalize()
+        config["architectures"] = [f"{name}ForCausalLM"]
         config["rope_parameters"] = _rope_parameters(self.rotary)
-        if self.model_type in ("llama", "qwen3"):
+        if self.model_type in ("llama", "qwen3", PARSCALE):
             config["attention_bias"] = self.attention_bias
         if self.model_type == "llama":
             config["mlp_bias"] = self.mlp_bias
         else:
             config["sliding_window"] = self.sliding_window
-        if self.model_type in ("qwen2", "qwen3"):
+        if self.model_type in _WINDOW_TYPES:
             config["use_sliding_window"] = self.sliding_window is not None
             config["layer_types"] = self.layer_types
+        if self.model_type == PARSCALE:
+            config |= {name: getattr(self, name) for name in PARSCALE_FIELDS}
         return json.loads(json.dumps(config))  # tuples as lists
 
 
-_SAVED_APART = {"rope", "attention_bias", "mlp_bias", "sliding_window", "layer_types"}
-_KINDS = {"int": int, "float": (int, float), "bool": bool, "str": str, "tuple[int, ...]": list, "tuple[str, ...]": list}
+PARSCALE_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name.startswith(("parscale_", "enable_")))
+_SAVED_APART = {"rope", "attention_bias", "mlp_bias", "sliding_window", "layer_types", *PARSCALE_FIELDS}
+_KINDS: dict[str, Any] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+    "tuple[int, ...]": (list, tuple),
+    "tuple[str, ...]": (list, tuple),
+}
 
 
 def _typed(name: str, value: Any, annotation: str) -> Any:
@@ -255,7 +339,7 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
         accepted = _KINDS.get(kind)
         if accepted is None or not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
             continue
-        if not isinstance(value, list):
+        if not isinstance(value, (list, tuple)):
             return value
         element = _KINDS[kind.removeprefix("tuple[").removesuffix(", ...]")]
         if all(isinstance(item, element) and not isinstance(item, bool) for item in value):

@@ -1,0 +1,32 @@
+"""What a transformer is made of, whichever: a linear map, a normalisation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class Linear(nnx.Module):
+    """``x @ weight + bias``, weight ``(inputs, outputs)``: on a CPU the transposed product is far slower."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float, rngs: nnx.Rngs, dtype):
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+
+    def __call__(self, x):
+        x = x @ self.weight.astype(x.dtype)
+        return x if self.bias is None else x + self.bias.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root mean square normalisation (arXiv 1910.07467, eq. 4) of the last axis, computed in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return self.weight.astype(x.dtype) * x32.astype(x.dtype)
