@@ -90,7 +90,8 @@ def test_a_frozen_backbone_trains_what_is_new():
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # its use of what transformers has renamed
 def test_peft_trains_adapters_and_what_is_new(tmp_path):
-    peft = pytest.importorskip("peft", reason="peft isn't installed")
+    import peft
+
     model = build()
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"],
@@ -118,8 +119,9 @@ def test_peft_trains_adapters_and_what_is_new(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # its use of what transformers has renamed
 def test_trl_takes_a_step(tmp_path):
-    trl = pytest.importorskip("trl", reason="trl isn't installed")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import trl
+
     model = build()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = [{"input_ids": row.tolist()} for row in torch.from_numpy(tokens(4, 9))]
