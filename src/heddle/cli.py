@@ -11,6 +11,8 @@ from rich.console import Console
 app = typer.Typer(name="heddle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(no_args_is_help=True, help="Measure, beside peers, in one interleaved run.")
 app.add_typer(bench, name="bench")
+sweep = typer.Typer(no_args_is_help=True, help="Train a configuration over the values of some of its options.")
+app.add_typer(sweep, name="sweep")
 
 MODEL = "A folder, a GGUF file or a name on the Hugging Face hub."
 EMBEDDED = "the embedded SmolLM2-135M-Instruct"
@@ -100,6 +102,8 @@ def train(
 
     SIGTERM and Ctrl-C save and leave; the same command then goes on, with exactly the losses it would have had.
 
+    With framework=torch also as `accelerate launch -m heddle train` or `torchrun --nproc_per_node=8 -m heddle train`.
+
     Example: heddle train --config configs/quickstart.yaml training.max_steps=500 output=runs/longer
     """
     from heddle.config import load_config
@@ -114,6 +118,73 @@ def train(
         from heddle.jax import run
 
     raise typer.Exit(run.show(settings))
+
+
+SweepName = Annotated[str, typer.Argument(metavar="NAME", help="As heddle sweep list has it.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="For every run; a list of values is varied: training.seed=[0,1,2]."),
+]
+
+
+@sweep.command("list")
+def sweep_list(json: bool = typer.Option(False, "--json", help="Print a JSON list.")) -> None:
+    """List the sweeps, with how many runs each is.
+
+    Example: heddle sweep list
+    """
+    from json import dumps
+
+    from heddle import sweep
+
+    sweeps = sweep.table()
+    if json:
+        print(dumps(sweeps, indent=2))
+        return
+    for each in sweeps:
+        print(f"{each['name']:20} {each['runs']} runs  {each['about']}")
+    print(f"{sum(each['runs'] for each in sweeps)} runs in all")
+
+
+@sweep.command("create", context_settings={"ignore_unknown_options": True})
+def sweep_create(
+    name: SweepName,
+    overrides: Overrides = None,
+    backend: str = typer.Option("wandb", help="wandb."),
+    project: str = typer.Option("heddle", help="The project on wandb."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Only print what would be created, as wandb's own YAML."),
+) -> None:
+    """Create a sweep on wandb, for any number of machines to work at with wandb agent.
+
+    Example: heddle sweep create parscale_scaling --backend wandb training.max_steps=1000
+    """
+    from heddle import sweep
+
+    if backend != "wandb":
+        raise ValueError(f"--backend must be wandb to create a sweep, got {backend!r}; heddle sweep run is for local")
+    described = sweep.load(name, overrides or [])
+    if dry_run:
+        print(sweep.wandb_yaml(described), end="")
+        return
+    print(f"wandb agent {sweep.create(described, project)}")
+
+
+@sweep.command("run", context_settings={"ignore_unknown_options": True})
+def sweep_run(
+    name: SweepName,
+    overrides: Overrides = None,
+    backend: str = typer.Option("local", help="local."),
+    json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
+) -> None:
+    """Run a sweep here, one run after the other, and draw its losses. Needs no account; what is done is kept.
+
+    Example: heddle sweep run parscale_scaling --backend local training.max_steps=5 training.base_model=embedded
+    """
+    from heddle import sweep
+
+    if backend != "local":
+        raise ValueError(f"--backend must be local to run a sweep, got {backend!r}; heddle sweep create is for wandb")
+    raise typer.Exit(sweep.run_local(sweep.load(name, overrides or []), as_json=json))
 
 
 @app.command("plot")

@@ -104,6 +104,7 @@ def lines(
     log_y: bool = False,
     dashed: Collection[str] = (),
     markers: bool | None = None,
+    errors: Mapping[str, Iterable] | None = None,
 ) -> Picture:
     """Curves, one for each name: ``{"heddle": (xs, ys), ...}``.
 
@@ -113,11 +114,12 @@ def lines(
         log_y: a logarithmic axis to base 10.
         dashed: names of curves drawn dashed: rooflines, floors, targets.
         markers: whether points are marked; by default where a curve has at most 40.
+        errors: half the height of the bar at each point of the curves named, such as a standard error.
 
     A ``None`` or NaN leaves a gap.
 
     Raises:
-        ValueError: no series, an x and y of different lengths, or a value that a logarithmic axis can't show.
+        ValueError: no series, an x, y and errors of different lengths, or a value that a logarithmic axis can't show.
     """
     curves = {}
     for name, (xs, ys) in _some("series", series).items():
@@ -129,9 +131,13 @@ def lines(
             if log and low <= 0:
                 raise ValueError(f"{axis} needs positive values, series {name!r} has {low}")
         curves[name] = (xs, ys)
-    unknown = set(dashed) - set(curves)
-    if unknown:
-        raise ValueError(f"dashed must name series, got {sorted(unknown)} beside {sorted(curves)}")
+    heights = {name: [_number(value) for value in values] for name, values in (errors or {}).items()}
+    for option, names in (("dashed", set(dashed)), ("errors", set(heights))):
+        if unknown := names - set(curves):
+            raise ValueError(f"{option} must name series, got {sorted(unknown)} beside {sorted(curves)}")
+    for name, values in heights.items():
+        if len(values) != len(curves[name][0]):
+            raise ValueError(f"errors must have one value a point of {name!r}, got {len(values)}")
     ticks = sorted({value for xs, _ in curves.values() for value in xs if value is not None}) if log_x else []
     ticks = ticks if len(ticks) <= 16 else []
 
@@ -149,6 +155,7 @@ def lines(
                 "mode": "lines+markers" if marked(xs) and name not in dashed else "lines",
                 "line": {"color": _colour(i), "width": 2, "dash": "dash" if name in dashed else "solid"},
                 "marker": {"symbol": MARKERS[i % len(MARKERS)][0], "size": 8},
+                **({"error_y": {"type": "data", "array": heights[name]}} if name in heights else {}),
             }
         )
     layout = {
@@ -172,6 +179,8 @@ def lines(
                 marker=MARKERS[i % len(MARKERS)][1] if marked(xs) and name not in dashed else None,
                 markersize=6,
             )
+            if name in heights:
+                axes.errorbar(xs, _nan(ys), _nan(heights[name]), fmt="none", ecolor=_colour(i), capsize=4)
         if log_x:
             axes.set_xscale("log", base=2)
             if ticks:

@@ -313,18 +313,14 @@ def test_a_step_that_is_not_finite_changes_nothing(options, monkeypatch, tmp_pat
 
 def test_too_many_of_them_end_the_run(options, monkeypatch, tmp_path):
     trainer = poisoned(options, monkeypatch, 2, 4, 5)
-    with pytest.raises(
-        FloatingPointError, match=r"2 steps in a row had no finite .* the last one step 5; .*nonfinite-5"
-    ):
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row had no .* the last one step 5; .*nonfinite-5"):
         trainer.fit()
     assert np.load(tmp_path / "run" / "nonfinite-5.npz")["tokens"].shape == (4, 16)
 
 
 def test_a_batch_that_processes_cannot_share(options, monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
-    with pytest.raises(
-        ValueError, match=r"batch_size must be a multiple of .*accumulation times the processes.*4, 1 and 3"
-    ):
+    with pytest.raises(ValueError, match=r"must be a multiple of .*accumulation times the processes.* 4, 1 and 3"):
         run(load_config(None, [*options, *SIZES]))
 
 
@@ -386,8 +382,9 @@ def test_flops_are_those_of_the_matrix_products(replicas, base):
     config = model.config
     attention = 12 * config.num_hidden_layers * config.hidden_size * replicas * pairs
     assert training_flops(model)(segments) == pytest.approx(products + attention, rel=1e-6)
+    whole = training_flops(model)(segments)
     segments[:, -3:] = -1
-    assert training_flops(model)(segments) < products
+    assert training_flops(model)(segments) < 0.9 * whole
 
 
 def test_the_peak_is_what_products_reach():

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.utils import logging
 
 from heddle.config import Config
+from heddle.data.gguf import GGUF
 from heddle.data.locate import locate
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import ProgressBar, Record
@@ -125,8 +126,10 @@ def _pretrained(name: str, replicas: int, parscale: dict[str, Any]) -> Any:
     path = locate(place(name))
     settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
     if path.suffix == ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **settings)
-        del model.config.quantization_config  # the weights are float32 now
+        config = AutoConfig.for_model(**GGUF.open(path).config())  # more than transformers reads of the file
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **settings)
+        if hasattr(model.config, "quantization_config"):  # the weights are float32 now
+            delattr(model.config, "quantization_config")
         if replicas == 1:
             return model
         config = Qwen2ParScaleConfig.from_base(model.config.to_dict(), **parscale)

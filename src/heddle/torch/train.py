@@ -6,6 +6,7 @@ that CPUs have it too, and a checkpoint is a set of named tensors that any numbe
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import shutil
@@ -19,9 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as checkpoint
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from heddle.config import TrainingOptions
@@ -115,6 +117,13 @@ class Trainer:
         self._data, self._evaluation, self._place = data, evaluation, data.state()
         bfloat16 = options.compute_dtype == "bfloat16"
         trackers = None if options.report_to == "none" else options.report_to
+        if trackers is not None:
+            try:
+                importlib.import_module(trackers)
+            except ImportError:
+                raise ValueError(
+                    f"training.report_to={trackers} needs the {trackers} package: pip install {trackers}"
+                ) from None
         processes()  # before the Accelerator, which would take CPUs for one process each
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bfloat16 else "no", log_with=trackers, project_dir=output
@@ -342,7 +351,7 @@ class Trainer:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         with _alone():
-            checkpoint.save(self._tensors(), checkpoint_id=unfinished)
+            save(self._tensors(), checkpoint_id=unfinished)
         if self.is_main:
             state = {"step": self.step, "nonfinite": self.nonfinite, "data": self._place, "shapes": self._shapes()}
             (unfinished / "state.json").write_text(json.dumps(state))
@@ -366,7 +375,7 @@ class Trainer:
                     f"{name} has shape {there} there and {wanted} here"
                 )
         with _alone():
-            checkpoint.load(self._tensors(), checkpoint_id=folder)
+            load(self._tensors(), checkpoint_id=folder)
         self.step, self.nonfinite, self._place = state["step"], state["nonfinite"], state["data"]
 
     def _shapes(self) -> dict[str, list[int]]:
