@@ -19,8 +19,8 @@ def make_schedule(options: TrainingOptions) -> optax.Schedule:
     peak, warm, rest = options.learning_rate, options.warmup_steps, max(0, options.max_steps - options.warmup_steps)
     final = options.final_share * peak
     pieces, boundaries = [], []
-    if warm > 1:
-        pieces, boundaries = [optax.linear_schedule(peak / warm, peak, warm - 1)], [warm]
+    if warm:
+        pieces, boundaries = [optax.linear_schedule(peak / warm, peak, max(1, warm - 1))], [warm]
     if options.schedule == "cosine" and rest:
         pieces.append(optax.cosine_decay_schedule(peak, rest, options.final_share))
     else:

@@ -127,13 +127,12 @@ def _pretrained(name: str, replicas: int, parscale: dict[str, Any]) -> Any:
     settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": ATTENTION}
     if path.suffix == ".gguf":
         config = AutoConfig.for_model(**GGUF.open(path).config())  # more than transformers reads of the file
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **settings)
-        if hasattr(model.config, "quantization_config"):  # the weights are float32 now
-            delattr(model.config, "quantization_config")
-        if replicas == 1:
-            return model
-        config = Qwen2ParScaleConfig.from_base(model.config.to_dict(), **parscale)
-        return Qwen2ParScaleForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict(), **settings)
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, config=config, **settings)
+        # Made anew, since transformers takes what it read for a quantised model and refuses to save it.
+        kind, config = type(read), AutoConfig.for_model(**GGUF.open(path).config())
+        if replicas > 1:
+            kind, config = Qwen2ParScaleForCausalLM, Qwen2ParScaleConfig.from_base(config.to_dict(), **parscale)
+        return kind.from_pretrained(None, config=config, state_dict=read.state_dict(), **settings)
     there = AutoConfig.from_pretrained(path)
     if isinstance(there, Qwen2ParScaleConfig) and there.parscale_n != replicas:
         raise ValueError(

@@ -136,7 +136,8 @@ class Trainer:
             )
         self._description = description or {}
         if options.remat:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers' new and old one
+            next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
         self._flops = training_flops(model)
         self._peak = peak_flops(self.accelerator.device, torch.bfloat16 if bfloat16 else torch.float32)
         self.model = self._shard(model.to(self.accelerator.device), bfloat16)
