@@ -9,6 +9,7 @@ softmax over all keys it saw, where a key seen in two patterns counts twice. Tim
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, overload
 
@@ -158,21 +159,18 @@ def dilated_forward(
     """
     xp, (_, seq, heads, _), wide = namespace(query), query.shape, _accumulator(query)
     group, places = heads // key.shape[2], _places(query, segment_ids, key_padding_mask)
-    outs, lses = [], []
+    inputs = (query, key, value)
+    out, lse = _blank(value, heads, 0.0, inputs), _blank(value[..., 0], heads, -float("inf"), inputs)
     for some in _heads_at_once(query, group):
-        # A column a head, as each takes and gets rows at an offset of its own.
-        out, lse = _columns(value[:, :, 0], some, 0.0), _columns(value[:, :, 0, 0], some, -float("inf"))
         for number, pattern in enumerate(patterns):
             for grid in grids(seq, pattern, some, is_causal, places):
                 part = attend(grid.rows(query, 1), grid.rows(key, group), grid.rows(value, group), grid.mask(query))
-                part = xp.astype(part[0], wide), part[1]
+                part = xp.astype(part[0], wide, copy=False), part[1]
                 if number:
                     part = merge([(grid.rows(out, 1), grid.rows(lse, 1)), part])
-                for columns, rows in zip((out, lse), part, strict=True):
-                    grid.put(columns, rows, 1)
-        outs.append(xp.astype(_whole(out), query.dtype))
-        lses.append(_whole(lse))
-    return (outs[0], lses[0]) if len(outs) == 1 else (xp.concat(outs, axis=2), xp.concat(lses, axis=2))
+                grid.put(out, part[0], 1)
+                grid.put(lse, part[1], 1)
+    return xp.astype(_whole(out), query.dtype, copy=False), _whole(lse)
 
 
 def dilated_backward(
@@ -197,18 +195,19 @@ def dilated_backward(
     """
     xp, (_, seq, heads, _) = namespace(query), query.shape
     group, places = heads // key.shape[2], _places(query, segment_ids, key_padding_mask)
-    d_query, d_key, d_value = (_columns(x[:, :, 0], range(x.shape[2]), 0.0) for x in (query, key, value))
+    grads = [_blank(x, x.shape[2], 0.0, (query, d_out)) for x in (query, key, value)]
     for some in _heads_at_once(query, group):
         for pattern in patterns:
             for grid in grids(seq, pattern, some, is_causal, places):
                 d_lse_rows = None if d_lse is None else grid.rows(d_lse, 1)
-                grads = backward(
+                parts = backward(
                     grid.rows(query, 1), grid.rows(key, group), grid.rows(value, group), grid.mask(query),
                     *(grid.rows(x, 1) for x in (out, lse, d_out)), d_lse_rows,
                 )  # fmt: skip
-                for columns, rows, per in zip((d_query, d_key, d_value), grads, (1, group, group), strict=True):
-                    grid.put(columns, rows, per, add=True)
-    return tuple(xp.astype(_whole(d), query.dtype) for d in (d_query, d_key, d_value))  # type: ignore[return-value]
+                for whole, rows, per in zip(grads, parts, (1, group, group), strict=True):
+                    grid.put(whole, rows, per, add=True)
+    d_query, d_key, d_value = (xp.astype(_whole(d), query.dtype, copy=False) for d in grads)
+    return d_query, d_key, d_value
 
 
 def _heads_at_once(query: Array, group: int) -> Iterator[range]:
@@ -219,19 +218,27 @@ def _heads_at_once(query: Array, group: int) -> Iterator[range]:
     return (range(first, first + sizes[-1]) for first in range(0, heads, sizes[-1]))
 
 
-class Columns(dict[int, Array]):
-    """By head, ``(batch, seq, ...)`` each."""
+class Columns(list[Array]):
+    """By head, ``(batch, seq, ...)`` each: an array ``(batch, seq, heads, ...)`` whose heads can be replaced."""
 
 
-def _columns(like: Array, heads: range, fill: float) -> Columns:
-    """One for each head, as it is written to by itself; ``like``: ``(batch, seq, ...)``."""
-    return Columns({head: namespace(like).full_like(like, fill, dtype=_accumulator(like)) for head in heads})
+def _blank(like: Array, heads: int, fill: float, inputs: tuple[Array, ...]) -> Array | Columns:
+    """What results are gathered in, of ``like``'s shape with ``heads``: an array, if it may be written to.
+
+    JAX's may not, and torch's not while gradients are recorded: each write would cost a pass over all heads' gradient.
+    """
+    xp, (batch, seq, _, *rest) = namespace(like), like.shape
+    torch = framework(like) == "torch"
+    recorded = torch and sys.modules["torch"].is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if framework(like) == "jax" or recorded:
+        return Columns([xp.full_like(like[:, :, 0], fill, dtype=_accumulator(like)) for _ in range(heads)])
+    device = {"device": like.device} if torch else {}
+    return xp.full((batch, seq, heads, *rest), fill, dtype=_accumulator(like), **device)
 
 
-def _whole(columns: Columns) -> Array:
+def _whole(x: Array | Columns) -> Array:
     """``(batch, seq, heads, ...)``."""
-    arrays = list(columns.values())
-    return namespace(arrays[0]).stack(arrays, axis=2)
+    return namespace(x[0]).stack(list(x), axis=2) if isinstance(x, Columns) else x
 
 
 def _column(x: Array | Columns, head: int) -> Array:
@@ -283,17 +290,19 @@ class Segments(NamedTuple):
             return namespace(whole).reshape(whole, (-1, self.kept, *whole.shape[3:]))
         xp = namespace(_column(x, sources[0][0]))
         found = [self._cut(_column(x, head))[:, :, offset :: self.rate] for head, offset in sources]
-        rows = xp.stack(found, axis=3)
-        return xp.reshape(rows, (-1, self.kept, *rows.shape[3:]))
+        rows = xp.stack(found, axis=2)  # a head's rows lie together, as kernels like them
+        rows = xp.reshape(rows, (-1, *rows.shape[2:]))
+        return xp.permute_dims(rows, (0, 2, 1, *range(3, rows.ndim)))
 
-    def put(self, columns: Columns, rows: Array, group: int, add: bool = False) -> None:
+    def put(self, x: Array | Columns, rows: Array, group: int, add: bool = False) -> None:
         """Write rows to where :meth:`rows` takes them from, or add them to what is there."""
         xp = namespace(rows)
         rows = xp.reshape(rows, (-1, self.segments, *rows.shape[1:]))
         for i, (head, offset) in enumerate(self._sources(group)):
-            column, of_head = columns[head], xp.astype(rows[:, :, :, i], columns[head].dtype)
+            column = _column(x, head)
+            of_head = xp.astype(rows[:, :, :, i], column.dtype, copy=False)
             if framework(column) == "jax":
-                columns[head] = self._with_rows(column, of_head, offset, add)
+                x[head] = self._with_rows(column, of_head, offset, add)
                 continue
             place = self._cut(column)[:, :, offset :: self.rate]  # a view
             if add:
@@ -353,15 +362,15 @@ class Tokens(NamedTuple):
         rows = xp.stack([xp.stack(found[i::offsets], axis=2) for i in range(offsets)], axis=1)
         return xp.reshape(rows, (-1, *rows.shape[2:]))
 
-    def put(self, columns: Columns, rows: Array, group: int, add: bool = False) -> None:
+    def put(self, x: Array | Columns, rows: Array, group: int, add: bool = False) -> None:
         """As :meth:`Segments.put`."""
         xp, offsets = namespace(rows), self.index.shape[1]
         rows = xp.reshape(rows, (-1, offsets, *rows.shape[1:]))
         for i, head in enumerate(self.heads):
-            column, place = columns[head // group], self._place(i)
-            of_head = xp.astype(rows[:, i % offsets, :, i // offsets], column.dtype)
+            column, place = _column(x, head // group), self._place(i)
+            of_head = xp.astype(rows[:, i % offsets, :, i // offsets], column.dtype, copy=False)
             if framework(column) == "jax":
-                columns[head // group] = column.at[place].add(of_head) if add else column.at[place].set(of_head)
+                x[head // group] = column.at[place].add(of_head) if add else column.at[place].set(of_head)
             else:
                 column[place] = column[place] + of_head if add else of_head
 
