@@ -26,6 +26,7 @@ def columns(**options):
 PICTURES = {
     "lines": curves,
     "log": lambda: curves(log_x=True, log_y=True, dashed=["a <peer>"]),
+    "error bars": lambda: curves(errors={"heddle": [0.1, None, 0.3]}),
     "bars": columns,
     "stacked": lambda: columns(stacked=True),
     "log bars": lambda: columns(log_y=True),
@@ -167,3 +168,14 @@ def test_missing_package_names_the_extra(package, module, write, monkeypatch, tm
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_error_bars_stand_at_the_points_of_the_curves_named(tmp_path):
+    ((data, _, _),) = figures_in(curves(errors={"heddle": [0.1, 0.2, 0.3]}).div())
+    assert data[0]["error_y"]["array"] == [0.1, 0.2, 0.3]
+    assert "error_y" not in data[1]
+    drawn, plain = (curves(**o).png(tmp_path / "a.png").read_bytes() for o in ({"errors": {"heddle": [9, 9, 9]}}, {}))
+    assert drawn != plain
+    for errors, message in (({"other": [1]}, "errors must name series"), ({"heddle": [1]}, "one value a point of")):
+        with pytest.raises(ValueError, match=message):
+            curves(errors=errors)

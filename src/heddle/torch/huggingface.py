@@ -115,6 +115,7 @@ def attention(
         mask = Mask.causal(query.shape[2], key.shape[2], like=query) if causal else None
     else:
         mask = _mask(attention_mask, kwargs.get("position_ids"), kwargs.get("segment_ids"), key.shape[2])
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
     out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale=scaling)
     return out, None
 
