@@ -42,15 +42,19 @@ def test_the_whole_tour(tmp_path):
     assert training["held_out_loss"] < training["first_loss"] - 1
     assert training["sample"].startswith("def ")
     assert not (folder / "training" / "checkpoints" / "7").exists()
+    twice = found["parscale"]
+    assert (twice["replicas"], twice["steps"], len(twice["losses"])) == (2, 2, 2)
+    assert all(0 < loss < 10 for _, loss in twice["losses"] + twice["held_out"])
+    assert 0 < twice["new_share"] < 0.1
     assert (folder / "mine.txt").read_text() == "kept"
 
     text = (folder / "report.html").read_text()
     assert assets(text).loaded == []
-    assert len(figures_in(text)) == 5
+    assert len(figures_in(text)) == 6
     for title in list(STEPS.values())[:-1]:
         assert f"<h2>{title}</h2>" in text
     pngs = sorted(path.name for path in folder.glob("*.png"))
-    assert pngs == ["decoding.png", "lengths.png", "loss.png", "mask.png", "transformers.png"]
+    assert pngs == ["decoding.png", "lengths.png", "loss.png", "mask.png", "parscale.png", "transformers.png"]
     for name in pngs:
         with Image.open(folder / name) as image:
             assert min(image.size) >= 700
@@ -79,7 +83,7 @@ def stand_in(monkeypatch, **others):
         summary.append("answered")
         return "model", "tokenizer"
 
-    for name in ("answer", "transformers", "pack", "train"):
+    for name in ("answer", "transformers", "pack", "train", "parscale"):
         default = answer if name == "answer" else lambda report, display, *rest: rest[-1].append("ran")
         monkeypatch.setattr(steps, name, others.get(name, default))
 
@@ -148,7 +152,7 @@ def test_report_replaces_an_earlier_one(heddle, monkeypatch, tmp_path):
     for _ in range(2):
         code, out, err = heddle("quickstart", "--out", tmp_path / "new")
         assert (code, err) == (0, "")
-        assert f"✓ (e) {STEPS['e']}, 0 s: {tmp_path / 'new' / 'report.html'}" in out
+        assert f"✓ (f) {STEPS['f']}, 0 s: {tmp_path / 'new' / 'report.html'}" in out
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
         quickstart.MARKER,
         "report.html",

@@ -39,6 +39,8 @@ def run(out: str | Path = "out/quickstart", fast: bool = False, console: Console
         with display.step("d") as summary:
             steps.train(report, display, fast, summary)
         with display.step("e") as summary:
+            steps.parscale(report, display, fast, summary)
+        with display.step("f") as summary:
             path = report.write(time.perf_counter() - began)
             summary.append(f"{path} ({path.stat().st_size / 2**20:.1f} MiB, with {len(report.pngs)} PNGs beside it)")
     return path

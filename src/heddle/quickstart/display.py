@@ -19,7 +19,8 @@ STEPS = {
     "b": "The same weights in transformers",
     "c": "Documents packed into rows",
     "d": "A small model trained on them",
-    "e": "The report",
+    "e": "The real model twice, learning together",
+    "f": "The report",
 }
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 import heddle
 from heddle import plot
 from heddle.bench.timing import interleave, memory_reader
+from heddle.config import load_config
 
 from .display import Display
 from .report import Report
@@ -209,11 +210,80 @@ FAST = (
 )  # fmt: skip
 
 
+#: Over configs/quickstart.yaml's data: two replicas of SmolLM2 that see each other, of which only what is new learns.
+PARSCALE = (
+    "framework=torch", "data.tokenizer=null", "data.seq_len=128", "data.window=null", "training.freeze_pretrained=true",
+    "training.max_steps=12", "training.batch_size=2", "training.learning_rate=5e-4", "training.schedule=constant",
+    "training.warmup_steps=4", "training.eval_every=3", "training.eval_batches=2", "training.checkpoint_every=0",
+    "parscale.parscale_n=2", "parscale.enable_cross_attn=true",
+)  # fmt: skip
+FAST_PARSCALE = (
+    "data.seq_len=32", "training.batch_size=2", "training.max_steps=2", "training.warmup_steps=0",
+    "training.eval_every=1", "training.eval_batches=1", "data.window=20_000",
+)  # fmt: skip
+
+
+def parscale(report: Report, display: Display, fast: bool, summary: list[str]) -> None:
+    """(e) ParScale: the same SmolLM2 twice, side by side, looking at each other; only the new parameters train."""
+    from transformers.utils import logging
+
+    from heddle.torch import run
+
+    logging.set_verbosity_error()  # or it lists what is new in the model; the report counts it
+    logging.disable_progress_bar()
+    folder = report.folder / "parscale"
+    if folder.exists():
+        shutil.rmtree(folder)
+    base = report.folder / "smollm2"
+    overrides = [f"output={folder}", f"training.base_model={base}", *PARSCALE, *(FAST_PARSCALE if fast else ())]
+    config = load_config(None, overrides)
+    display.show(Text("Loading SmolLM2 as two replicas", style="dim"))
+    losses: list[tuple[int, float]] = []
+    held_out: list[tuple[int, float]] = []
+
+    def watch(record: dict[str, Any]) -> None:
+        if "eval_loss" in record:
+            held_out.append((record["step"], record["eval_loss"]))
+        else:
+            losses.append((record["step"], record["loss"]))
+        told = f"step {losses[-1][0]} of {config.training.max_steps}: loss {losses[-1][1]:.3f}"
+        display.show(Text(told + (f", held out {held_out[-1][1]:.3f}" if held_out else "")))
+
+    trainer = run.run(config, watch)
+    if trainer.stopped_by is not None:
+        raise KeyboardInterrupt
+    new = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    share = new / sum(p.numel() for p in trainer.model.parameters())
+    (_, first), (steps, last) = held_out[0], held_out[-1]
+    summary.append(
+        f"{new / 1e6:.1f}M new parameters ({share:.0%}), held-out loss {first:.3f} to {last:.3f} nats a token"
+    )
+    report.numbers["parscale"] = {
+        "replicas": config.parscale.parscale_n, "steps": steps, "new_parameters": new, "new_share": share,
+        "held_out": held_out, "losses": losses, "folder": str(folder),
+    }  # fmt: skip
+    report.heading(
+        "e",
+        "SmolLM2 once more, in PyTorch, as two replicas side by side (ParScale): each has a learned prefix in every "
+        "layer, each token looks at its twin in the other replica, and their sum, by learned weights, is the answer. "
+        "The model itself is frozen; only what is new learns, on the library, with document masks.",
+    )
+    report.figures(
+        (f"{first:.3f}", f"nats a held-out token after {held_out[0][0]} steps"),
+        (f"{last:.3f}", f"after {steps}"),
+        (f"{new / 1e6:.1f}M", f"new parameters, {share:.0%} of the model"),
+    )
+    curves = {
+        name: ([step for step, _ in points], [loss for _, loss in points])
+        for name, points in (("training", losses), ("held out", held_out))
+    }
+    report.picture("parscale", plot.lines(curves, title="Loss of two replicas", x="step", y="nats a token"))
+
+
 def train(report: Report, display: Display, fast: bool, summary: list[str]) -> None:
     """(d) A small Llama over bytes, trained on the packed library with document masks."""
     import jax
 
-    from heddle.config import load_config
     from heddle.data.tokenizers import Tokenizer
     from heddle.jax import run
     from heddle.jax.generation import generate
