@@ -358,6 +358,40 @@ def bench_decode(
     )
 
 
+@bench.command("parscale")
+def bench_parscale(
+    model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    replicas: str = typer.Option("1,2,4,8", help="Numbers of replicas, 1 first."),
+    batch: str = typer.Option("1,2,4,8", help="Sequences at once; each number is measured in turn."),
+    cross_attn: str = typer.Option("none", help="Replicas look at each other: none, joint or sublayer."),
+    law: str = typer.Option("stack", help="The scaling law's constants: of stack (Stack-V2-Python) or pile."),
+    prompt_tokens: int = typer.Option(128, help="Tokens read before the first is generated."),
+    tokens: int = typer.Option(16, help="Tokens generated in a round; the next goes on from there."),
+    repeats: int = typer.Option(5, help="Rounds that count; every contender runs once a round."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    out: str | None = typer.Option(None, help="A directory for parscale.json and parscale.html."),
+) -> None:
+    """Measure decoding with replicas: time and memory, beside the larger model that has the same loss by the law.
+
+    Example: heddle bench parscale --replicas 1,8 --batch 1
+    """
+    from heddle.bench import parscale
+
+    parscale.run(
+        model,
+        replicas=replicas,
+        batch=batch,
+        cross_attn=cross_attn,
+        law=law,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        repeats=repeats,
+        as_json=json,
+        out=out,
+        command=["heddle", *sys.argv[1:]],
+    )
+
+
 @bench.command("report")
 def bench_report(
     folder: str = typer.Argument(help="Where heddle bench wrote, with --out; results of tests (JUnit XML) count too."),

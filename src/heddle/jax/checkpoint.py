@@ -144,8 +144,8 @@ def load(
 
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
-    expected = {_dotted(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
-    new = {_dotted(path) for path, _ in leaves if parscale and is_new(path)}
+    expected = {dotted(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+    new = {dotted(path) for path, _ in leaves if parscale and is_new(path)}
     new = {ours for ours in new if _theirs(ours, config, convention)[0] not in source.shapes}
     held = {ours: shape for ours, (shape, _) in expected.items() if ours not in new}
     _check(source, held, stored_config, convention)
@@ -168,7 +168,7 @@ def _fresh(
     @jax.jit
     def fresh(key):
         leaves, _ = jax.tree_util.tree_flatten_with_path(build(nnx.Rngs(key)))
-        return {_dotted(where): leaf for where, leaf in leaves if _dotted(where) in new}
+        return {dotted(where): leaf for where, leaf in leaves if dotted(where) in new}
 
     logger.warning("%s: new parameters, to be trained: %s", path, ", ".join(_by_layer(new)))
     return fresh(rngs.params())
@@ -209,7 +209,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Any = None, *, max_s
         if tokenizer is not None and len(tokenizer.stop_ids) > 1:
             ids["eos_token_id"] = list(tokenizer.stop_ids)
         _write_json(unfinished / "generation_config.json", ids)
-        _write_safetensors(unfinished, {_dotted(path): leaf for path, leaf in leaves}, model.config, max_shard_bytes)
+        _write_safetensors(unfinished, {dotted(path): leaf for path, leaf in leaves}, model.config, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
 
@@ -300,7 +300,7 @@ def _few(names: list[str], limit: int = 20) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _dotted(path: tuple) -> str:
+def dotted(path: tuple) -> str:
     """A leaf's path in the model as ``layers.0.attention.q.weight``."""
     keys = (getattr(key, "name", None) or getattr(key, "key", getattr(key, "idx", None)) for key in path)
     return ".".join(str(key) for key in keys if key != "value")

@@ -82,7 +82,7 @@ class CrossAttention(nnx.Module):
         self.q = Linear(d, config.num_attention_heads * h, **options)
         self.k = Linear(d, config.kv_heads * h, **options)
         self.v = Linear(d, config.kv_heads * h, **options)
-        self.o = Linear(config.num_attention_heads * h, d, **(options | {"std": 0.0}))
+        self.o = Linear(config.num_attention_heads * h, d, bias=False, std=0.0, rngs=rngs, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "rows seq hidden"], visible: Bool[Array, "visible_rows seq"]
