@@ -182,7 +182,7 @@ COMMANDS = dict(commands())
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_every_command_shows_an_example(words):
     command = COMMANDS[words]
-    if words != ("heddle", "bench") or not hasattr(command, "commands"):
+    if len(words) == 1 or not hasattr(command, "commands"):  # a group of commands has none
         assert "Example:" in command.help
     for parameter in command.params:
         assert parameter.param_type_name == "argument" or getattr(parameter, "help", None), parameter.name
