@@ -81,6 +81,19 @@ def arange(n: int, like: Array | None = None) -> Array:
     return xp.arange(n, dtype=xp.int32)
 
 
+def accumulator_dtype(x: Array) -> Any:
+    """What sums over ``x`` are accumulated in: float64 for float64, float32 for all else."""
+    xp = namespace(x)
+    return xp.float64 if x.dtype == xp.float64 else xp.float32
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """Matrix product in full precision: the default of some accelerators under JAX is less than float32."""
+    if framework(a) == "jax":
+        return namespace(a).matmul(a, b, precision="highest")
+    return namespace(a).matmul(a, b)
+
+
 def clip(x: Array, low: int | None, high: int | None) -> Array:
     """``x`` bounded on either side (array-api-compat's own does not trace quietly under torch.compile)."""
     return x.clip(low, high)

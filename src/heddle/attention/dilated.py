@@ -15,12 +15,22 @@ from typing import Literal, NamedTuple, overload
 
 from jaxtyping import Bool, Float, Int
 
-from .arrays import Array, arange, asarray_like, framework, is_concrete, namespace, pick, running_max, running_sum
+from .arrays import (
+    Array,
+    accumulator_dtype,
+    arange,
+    asarray_like,
+    framework,
+    is_concrete,
+    namespace,
+    pick,
+    running_max,
+    running_sum,
+)
 from .attend import attend as attend_one_set
 from .attend import check, score_scale
 from .mask import PADDING_SEGMENT_ID, Mask, _check_segments
 from .merge import merge
-from .reference import _accumulator
 
 #: Elements of queries computed together, at most, unless one head has more: bounds what is held beside in- and output.
 AT_ONCE = 1 << 22
@@ -157,7 +167,7 @@ def dilated_forward(
 
     A few heads at a time, pattern by pattern, so that little is held beside in- and output.
     """
-    xp, (_, seq, heads, _), wide = namespace(query), query.shape, _accumulator(query)
+    xp, (_, seq, heads, _), wide = namespace(query), query.shape, accumulator_dtype(query)
     group, places = heads // key.shape[2], _places(query, segment_ids, key_padding_mask)
     inputs = (query, key, value)
     out, lse = _blank(value, heads, 0.0, inputs), _blank(value[..., 0], heads, -float("inf"), inputs)
@@ -231,9 +241,9 @@ def _blank(like: Array, heads: int, fill: float, inputs: tuple[Array, ...]) -> A
     torch = framework(like) == "torch"
     recorded = torch and sys.modules["torch"].is_grad_enabled() and any(x.requires_grad for x in inputs)
     if framework(like) == "jax" or recorded:
-        return Columns([xp.full_like(like[:, :, 0], fill, dtype=_accumulator(like)) for _ in range(heads)])
+        return Columns([xp.full_like(like[:, :, 0], fill, dtype=accumulator_dtype(like)) for _ in range(heads)])
     device = {"device": like.device} if torch else {}
-    return xp.full((batch, seq, heads, *rest), fill, dtype=_accumulator(like), **device)
+    return xp.full((batch, seq, heads, *rest), fill, dtype=accumulator_dtype(like), **device)
 
 
 def _whole(x: Array | Columns) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Float
 
-from .arrays import Array, framework, namespace
+from .arrays import Array, accumulator_dtype, matmul, namespace
 from .mask import Mask
 
 
@@ -22,7 +22,7 @@ def reference(
     xp = namespace(query)
     q_bkgqd, k_bk1sd, v_bk1sd = _grouped(query, key, value)
     visible = mask.dense(key.shape[1])[:, None, None]
-    scores = scale * _matmul(q_bkgqd, xp.matrix_transpose(k_bk1sd))
+    scores = scale * matmul(q_bkgqd, xp.matrix_transpose(k_bk1sd))
     # Invisible scores get a finite stand-in and weight 0, so that no NaN enters the gradient.
     scores = xp.where(visible, scores, xp.zeros_like(scores) - 1e30)
     highest = xp.max(scores, axis=-1, keepdims=True)
@@ -30,7 +30,7 @@ def reference(
     total = xp.sum(weights, axis=-1, keepdims=True)
     empty = total == 0
     total = xp.where(empty, xp.ones_like(total), total)
-    out = _ungrouped(_matmul(weights / total, v_bk1sd))
+    out = _ungrouped(matmul(weights / total, v_bk1sd))
     lse = _ungrouped(xp.where(empty, xp.zeros_like(total) - float("inf"), highest + xp.log(total)))[..., 0]
     return xp.astype(out, query.dtype), lse
 
@@ -57,13 +57,13 @@ def reference_backward(
     statistics = _grouped_rows(statistics, kv_heads)
     lse_, d_lse_ = statistics[..., :1], statistics[..., 1:]
     visible = mask.dense(key.shape[1])[:, None, None] & (lse_ > -float("inf"))
-    scores = scale * _matmul(q, xp.matrix_transpose(k)) - lse_
+    scores = scale * matmul(q, xp.matrix_transpose(k)) - lse_
     p = xp.where(visible, xp.exp(xp.where(visible, scores, xp.zeros_like(scores))), xp.zeros_like(scores))
-    d_p = _matmul(d_o, xp.matrix_transpose(v))
+    d_p = matmul(d_o, xp.matrix_transpose(v))
     d_s = scale * p * (d_p - xp.sum(d_o * o, axis=-1, keepdims=True) + d_lse_)
-    d_query = _ungrouped(_matmul(d_s, k))
-    d_key = xp.sum(_matmul(xp.matrix_transpose(d_s), q), axis=2)
-    d_value = xp.sum(_matmul(xp.matrix_transpose(p), d_o), axis=2)
+    d_query = _ungrouped(matmul(d_s, k))
+    d_key = xp.sum(matmul(xp.matrix_transpose(d_s), q), axis=2)
+    d_value = xp.sum(matmul(xp.matrix_transpose(p), d_o), axis=2)
     return (
         xp.astype(d_query, query.dtype),
         xp.astype(xp.permute_dims(d_key, (0, 2, 1, 3)), key.dtype),
@@ -74,15 +74,10 @@ def reference_backward(
 # b: batch, k: kv head, g: query heads of one kv head, q: query, s: key, d: head dim
 
 
-def _accumulator(query: Array):
-    xp = namespace(query)
-    return xp.float64 if query.dtype == xp.float64 else xp.float32
-
-
 def _grouped_rows(x_bqhd: Array, kv_heads: int) -> Array:
     """``(b, k, g, q, d)`` in the accumulator's dtype."""
     xp, (batch, q_len, heads, dim) = namespace(x_bqhd), x_bqhd.shape
-    x = xp.reshape(xp.astype(x_bqhd, _accumulator(x_bqhd)), (batch, q_len, kv_heads, heads // kv_heads, dim))
+    x = xp.reshape(xp.astype(x_bqhd, accumulator_dtype(x_bqhd)), (batch, q_len, kv_heads, heads // kv_heads, dim))
     return xp.permute_dims(x, (0, 2, 3, 1, 4))
 
 
@@ -90,7 +85,7 @@ def _grouped(query: Array, key: Array, value: Array) -> tuple[Array, Array, Arra
     xp, kv_heads = namespace(query), key.shape[2]
     q_bkgqd, k_bk1sd, v_bk1sd = (
         _grouped_rows(query, kv_heads),
-        *(xp.permute_dims(xp.astype(x, _accumulator(x)), (0, 2, 1, 3))[:, :, None] for x in (key, value)),
+        *(xp.permute_dims(xp.astype(x, accumulator_dtype(x)), (0, 2, 1, 3))[:, :, None] for x in (key, value)),
     )
     return q_bkgqd, k_bk1sd, v_bk1sd
 
@@ -99,9 +94,3 @@ def _ungrouped(x_bkgqd: Array) -> Array:
     """``(b, q, k g, d)``."""
     xp, (batch, kv_heads, group, q_len, dim) = namespace(x_bkgqd), x_bkgqd.shape
     return xp.reshape(xp.permute_dims(x_bkgqd, (0, 3, 1, 2, 4)), (batch, q_len, kv_heads * group, dim))
-
-
-def _matmul(a: Array, b: Array) -> Array:
-    if framework(a) == "jax":  # the default precision of some accelerators is less than float32
-        return namespace(a).matmul(a, b, precision="highest")
-    return namespace(a).matmul(a, b)

@@ -12,11 +12,10 @@ from collections.abc import Callable
 
 from jaxtyping import Bool, Float, Int, Shaped
 
-from .arrays import Array, arange, namespace
+from .arrays import Array, accumulator_dtype, arange, matmul, namespace
 from .attend import attend, score_scale
 from .mask import Mask
 from .merge import merge
-from .reference import _accumulator, _matmul
 from .rope import rotate
 
 # ---------------------------------------------------------------- rows
@@ -136,7 +135,7 @@ def attend_replicas(
     """
     xp, (rows, seq, heads, dim) = namespace(query), query.shape
     batch, kv_heads = rows // replicas, key.shape[2]
-    group, accumulator = heads // kv_heads, _accumulator(query)
+    group, accumulator = heads // kv_heads, accumulator_dtype(query)
     if replica_theta is not None:
         query, key = (_rotate_by_replica(x, replicas, replica_theta) for x in (query, key))
 
@@ -149,7 +148,7 @@ def attend_replicas(
         x = xp.reshape(x, (batch, seq, kv_heads, group, replicas, -1))
         return xp.reshape(xp.permute_dims(x, (4, 0, 1, 2, 3, 5)), (rows, seq, heads, -1))
 
-    scores = score_scale(query, scale) * _matmul(by_position(query), xp.matrix_transpose(by_position(key)))
+    scores = score_scale(query, scale) * matmul(by_position(query), xp.matrix_transpose(by_position(key)))
     scores = xp.reshape(scores, (batch, seq, kv_heads, group, replicas, replicas))
     index = arange(replicas, query)
     seen = (index[:, None] != index[None]) | itself
@@ -164,7 +163,7 @@ def attend_replicas(
     empty = total == 0
     total = xp.where(empty, xp.ones_like(total), total)
     weights = xp.reshape(weights / total, (batch, seq, kv_heads, group * replicas, replicas))
-    out = xp.astype(by_row(_matmul(weights, by_position(value))), query.dtype)
+    out = xp.astype(by_row(matmul(weights, by_position(value))), query.dtype)
     return out, by_row(xp.where(empty, xp.zeros_like(total) - float("inf"), highest + xp.log(total)))[..., 0]
 
 
@@ -206,7 +205,7 @@ def _attend_prefix(
 def _rotate_by_replica(x: Array, replicas: int, theta: float) -> Array:
     """RoPE (arXiv 2104.09864, eq. 34) whose position is the replica's index."""
     xp, (rows, seq, _, dim) = namespace(x), x.shape
-    accumulator = _accumulator(x)
+    accumulator = accumulator_dtype(x)
     inverse = xp.exp(xp.astype(arange(dim // 2, x), accumulator) * (-2 * math.log(theta) / dim))
     angles = xp.astype(arange(replicas, x), accumulator)[:, None] * inverse
     angles = xp.broadcast_to(angles[:, None, None], (replicas, rows // replicas, seq, dim // 2))
@@ -229,9 +228,11 @@ def hidden_key(
     the measure of ``ridge``; queries have the common direction that this needs, as they look at attention sinks.
     """
     xp, (rows, seq, _, dim) = namespace(query), query.shape
-    x = score_scale(query, scale) * xp.reshape(xp.astype(query, _accumulator(query)), (rows * seq, kv_heads, -1, dim))
+    x = score_scale(query, scale) * xp.reshape(
+        xp.astype(query, accumulator_dtype(query)), (rows * seq, kv_heads, -1, dim)
+    )
     x = xp.reshape(xp.permute_dims(x, (1, 0, 2, 3)), (kv_heads, -1, dim))
-    square = _matmul(xp.matrix_transpose(x), x) / x.shape[1]
+    square = matmul(xp.matrix_transpose(x), x) / x.shape[1]
     identity = xp.astype(arange(dim, query)[:, None] == arange(dim, query)[None], x.dtype)
     size = xp.mean(xp.sum(square * identity, axis=-1), axis=-1)
     square = square + ridge * size[:, None, None] * identity
@@ -261,7 +262,7 @@ def aggregate(
     xp, (rows, seq, size) = namespace(hidden), hidden.shape
     stacked = xp.reshape(hidden, (replicas, rows // replicas, seq, size))
     features = xp.reshape(xp.permute_dims(stacked, (1, 2, 3, 0)), (rows // replicas, seq, size * replicas))
-    accumulator = _accumulator(hidden)
+    accumulator = accumulator_dtype(hidden)
     logits = xp.astype(layer(features), accumulator)
     weights = xp.exp(logits - xp.max(logits, axis=-1, keepdims=True))
     weights = weights / xp.sum(weights, axis=-1, keepdims=True) * (1 - smoothing) + smoothing / replicas

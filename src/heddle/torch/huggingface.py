@@ -114,13 +114,13 @@ def attention(
         causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
         mask = Mask.causal(query.shape[2], key.shape[2], like=query) if causal else None
     else:
-        mask = _mask(attention_mask, kwargs.get("position_ids"), kwargs.get("segment_ids"), key.shape[2])
+        mask = as_mask(attention_mask, kwargs.get("position_ids"), kwargs.get("segment_ids"), key.shape[2])
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
     out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale=scaling)
     return out, None
 
 
-def _mask(bounds: Tensor, positions: Tensor | None, segments: Tensor | None, kv_len: int) -> Mask:
+def as_mask(bounds: Tensor, positions: Tensor | None, segments: Tensor | None, kv_len: int) -> Mask:
     if bounds.ndim != 4 or bounds.shape[1] != 3 or bounds.shape[3] != 1 or bounds.dtype != torch.int32:
         raise ValueError(
             f"attention_mask must have shape (batch, seq) for attn_implementation='heddle', got {tuple(bounds.shape)}"

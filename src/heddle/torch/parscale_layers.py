@@ -17,7 +17,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from heddle.attention.replicas import attend_replicas, replica_attention
 
-from .huggingface import _mask as as_mask
+from .huggingface import as_mask
 from .parscale_config import Qwen2ParScaleConfig
 
 #: ``attn_implementation`` with more than one replica, to :func:`heddle.attend`'s; None: the first that serves.
