@@ -70,11 +70,11 @@ def show(config: Config) -> int:
             trainer = run(config, bar)
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
+        state.destroy_process_group()
         if trainer.stopped_by is not None:
             bar.note(f"{trainer.stopped_by.name}: saved at step {trainer.step}; the same command goes on from there")
             return 128 + trainer.stopped_by
         bar.note(f"{trainer.step} steps done: {trainer.output / 'model'}")
-    state.destroy_process_group()
     return 0
 
 
