@@ -48,7 +48,7 @@ def check(name: str, is_causal: bool, kv_heads: int) -> None:
 def check_multihead() -> None:
     lists = CASES["rates that fit nothing"]
     torch.manual_seed(0)
-    alone = MultiheadDilatedAttention(48, 6, lists[1], lists[0], dtype=torch.float64)
+    alone = MultiheadDilatedAttention(48, 6, *lists[::-1], dtype=torch.float64)
     spread = DistributedMultiheadDilatedAttention(
         48, 6, lists[1], lists[0], dtype=torch.float64, group=dist.group.WORLD
     )

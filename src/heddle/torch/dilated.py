@@ -98,7 +98,7 @@ class DilatedAttention(nn.Module):
 
 def _with_dropout(query: Tensor, key: Tensor, value: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
     """Attention with dropout on its weights, of segments small enough for that to hold them."""
-    seen = mask.dense(key.shape[1])[:, None]
+    seen: Any = mask.dense(key.shape[1])[:, None]
     seen = seen | ~seen.any(-1, keepdim=True)  # queries that see nothing: their weight in the merge is 0
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
@@ -183,10 +183,10 @@ class DistributedDilatedAttention(DilatedAttention):
         group: ProcessGroup | DeviceMesh | None = None,
     ):
         super().__init__(segment_lengths, dilation_rates, softmax_scale, attention_dropout, op)
-        self.group = dist.group.WORLD if group is None else _process_group(group)
-        if self.group is None:
+        if group is None and not dist.is_initialized():
             raise ValueError("group must be given, or torch.distributed be initialized before")
-        self._groups = {range(dist.get_world_size(self.group)): self.group}
+        self.group: Any = dist.group.WORLD if group is None else _process_group(group)
+        self._groups: dict[range, Any] = {range(dist.get_world_size(self.group)): self.group}
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool,
@@ -288,7 +288,8 @@ class MultiheadDilatedAttention(nn.Module):
     """A drop-in for ``nn.MultiheadAttention(batch_first=True)`` whose attention is dilated.
 
     With MAGNETO's norm before the output projection and its gain on the value and output projections (arXiv 2210.06423,
-    figure 2). Queries, keys and values have one length.
+    figure 2). Queries, keys and values have one length. In place of ``nn.TransformerEncoderLayer.self_attn`` it works as it
+    is; an ``nn.TransformerEncoder`` of such layers wants ``enable_nested_tensor=False``.
 
     Args:
         embed_dim, num_heads: as of ``nn.MultiheadAttention``.
@@ -395,7 +396,7 @@ class MultiheadDilatedAttention(nn.Module):
 
 
 class ImprovedMultiheadDilatedAttention(MultiheadDilatedAttention):
-    """:class:`MultiheadDilatedAttention` over :class:`ImprovedDilatedAttention`: the same results, less memory and time."""
+    """:class:`MultiheadDilatedAttention` over :class:`ImprovedDilatedAttention`: the same, in less memory and time."""
 
     attention_type = ImprovedDilatedAttention
 
@@ -487,8 +488,7 @@ class DilatedTransformerDecoderLayer(nn.Module):
     """A transformer's decoder layer, whose attention to itself and to the encoder's output is dilated.
 
     The latter has no norm before its output projection, as in MAGNETO, and goes by position: token ``t`` of one
-    sequence sees tokens of its segment in the other. Where one sequence is longer, its surplus tokens see nothing and
-    aren't seen.
+    sequence sees those of its segment in the other, and nothing beyond the other's end.
 
     Args:
         d_model, nhead, segment_lengths, dilation_rates, dim_feedforward, dropout, activation, layer_norm_eps,
@@ -533,8 +533,9 @@ class DilatedTransformerDecoderLayer(nn.Module):
     ) -> Float[Tensor, "batch tgt_seq d_model"]:
         x = self.norm1(tgt)
         x = tgt + self.dropout(self.self_attn(x, x, x, is_causal=tgt_is_causal)[0])
-        asked, seen = self.norm2(x), min(tgt.shape[1], memory.shape[1])
-        memory = memory[:, :seen]
-        found, _ = self.cross_attn(asked[:, :seen], memory, memory, is_causal=memory_is_causal)
-        x = x + self.dropout(F.pad(found, (0, 0, 0, tgt.shape[1] - seen)))
+        # One length for both: surplus queries are dropped again, and of a shorter memory there is no more to see.
+        length, seen = tgt.shape[1], memory.shape[1]
+        asked = F.pad(self.norm2(x)[:, :seen], (0, 0, 0, max(0, seen - length)))
+        found = self.cross_attn(asked, memory, memory, is_causal=memory_is_causal)[0][:, :length]
+        x = x + self.dropout(F.pad(found, (0, 0, 0, length - found.shape[1])))
         return x + self.feed_forward(x)
