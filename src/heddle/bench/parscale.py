@@ -33,7 +33,7 @@ LAWS = {
 CROSS_ATTN = ("none", "joint", "sublayer")
 
 
-def loss(parameters: float, replicas: int, law: str) -> float:
+def loss(parameters: int | float, replicas: int, law: str) -> float:
     """What the law says of a model of so many parameters in its layers, run as so many replicas."""
     c = LAWS[law]
     return (c["A"] / (parameters * (c["k"] * math.log(replicas) + 1))) ** c["alpha"] + c["E"]
@@ -267,7 +267,7 @@ def _bytes(model: Any) -> int:
 def _layer_parameters(model: Any) -> int:
     import jax
 
-    return sum(leaf.size for leaf in jax.tree.leaves(model.layers))
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(model.layers))
 
 
 # ---------------------------------------------------------------- showing a record

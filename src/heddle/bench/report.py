@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from . import attention, decode
+from . import attention, decode, parscale
 
 
 def write(folder: str | Path, out: str | Path, title: str = "Measurements") -> Path:
-    """Read every ``attention.json``, ``decode.json``, ``tiles.json`` and JUnit ``*.xml`` below ``folder`` into a page.
+    """Read every ``attention.json``, ``decode.json``, ``parscale.json``, ``tiles.json`` and JUnit ``*.xml`` in a page.
 
     Raises:
         ValueError: a folder that holds none of them.
@@ -22,6 +22,7 @@ def write(folder: str | Path, out: str | Path, title: str = "Measurements") -> P
     parts += [_tiles(json.loads(path.read_text())) for path in sorted(folder.rglob("tiles.json"))]
     parts += [_measured(json.loads(path.read_text()), attention) for path in sorted(folder.rglob("attention.json"))]
     parts += [_measured(json.loads(path.read_text()), decode) for path in sorted(folder.rglob("decode.json"))]
+    parts += [_measured(json.loads(path.read_text()), parscale) for path in sorted(folder.rglob("parscale.json"))]
     parts = [part for part in parts if part]
     if not parts:
         raise ValueError(f"folder must hold records of heddle bench (attention.json, decode.json), got {folder}")

@@ -117,8 +117,9 @@ class KVCache:
         mask = Mask.lengths(self.lengths + tokens, seq, offset=self.lengths)
         if self.starts is None:
             return mask
-        stop = replicate(mask.stop, self.replicas)
-        return Mask(jnp.minimum(self.starts[:, None], stop), stop)
+        start, stop = self.starts[:, None], replicate(mask.stop, self.replicas)
+        stop = jnp.where(start < stop, stop, 0)
+        return Mask(jnp.minimum(start, stop), stop)
 
     def begin(self, later: Int[Array, "batch replicas"]) -> KVCache:
         """The cache whose replicas begin so many tokens later than now, if they haven't begun."""

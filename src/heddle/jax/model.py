@@ -193,7 +193,8 @@ class Transformer(nnx.Module):
             segment_ids: without a cache, which document each token belongs to, as :meth:`heddle.Mask.documents` has
                 it. With a cache, -1 at the end of each row marks padding, which isn't remembered. A third axis, where
                 tokens have it, gives each replica its own: positions are then by default the indices, the same for
-                all replicas, and with a cache -1 may stand before the first token of a replica.
+                all replicas, and with a cache -1 may stand before the first token of a replica. Logits mean nothing
+                where a replica is padding.
             cache: the tokens before these; they see it, and it is returned with them added.
 
         Raises:
