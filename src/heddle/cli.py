@@ -392,6 +392,54 @@ def bench_parscale(
     )
 
 
+@bench.command("dilated")
+def bench_dilated(
+    total_tokens: int = typer.Option(18, help="Binary logarithm of the tokens in all: 26 is 67 million."),
+    heads: int = typer.Option(8, help="Heads."),
+    head_dim: int = typer.Option(64, help="Elements of a head."),
+    batch_size: int = typer.Option(1, help="Sequences at the greatest length; shorter ones are more."),
+    segment_lengths: str = typer.Option("2048,4096,8192,16384,32768", help="Of each pattern, in tokens."),
+    dilation_rates: str = typer.Option("1,2,4,6,12", help="Of each pattern."),
+    seq: str = typer.Option("", help="Lengths to measure.", show_default="powers of two from 8192"),
+    causal: bool = typer.Option(False, "--causal", help="Tokens see none after them."),
+    backward: bool = typer.Option(False, "--backward", help="Forward and backward together."),
+    dtype: str = typer.Option("float32", help="float32, bfloat16 or float16."),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    peers: str = typer.Option("vanilla", help="all, none, or vanilla: torch's attention over the whole sequence."),
+    sweep: str = typer.Option("both", help="tokens: as many in all at each length; length: one sequence; or both."),
+    repeats: int = typer.Option(5, help="Rounds that count; every contender runs once a round."),
+    memory: bool = typer.Option(False, "--memory", help="Also the peak memory, each contender in a new process."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    out: str | None = typer.Option(None, help="A directory for dilated.json and dilated.html."),
+) -> None:
+    """Measure LongNet's dilated attention beside vanilla attention, by the length of the sequence.
+
+    Example: heddle bench dilated --total-tokens 18 --causal --backward --peers none --out results
+    """
+    from heddle.bench import dilated
+
+    dilated.run(
+        total_tokens=total_tokens,
+        heads=heads,
+        head_dim=head_dim,
+        batch_size=batch_size,
+        segment_lengths=segment_lengths,
+        dilation_rates=dilation_rates,
+        seq=seq,
+        causal=causal,
+        backward=backward,
+        dtype=dtype,
+        device=device,
+        peers=peers,
+        sweep=sweep,
+        repeats=repeats,
+        memory=memory,
+        as_json=json,
+        out=out,
+        command=["heddle", *sys.argv[1:]],
+    )
+
+
 @bench.command("report")
 def bench_report(
     folder: str = typer.Argument(help="Where heddle bench wrote, with --out; results of tests (JUnit XML) count too."),

@@ -288,8 +288,8 @@ class MultiheadDilatedAttention(nn.Module):
     """A drop-in for ``nn.MultiheadAttention(batch_first=True)`` whose attention is dilated.
 
     With MAGNETO's norm before the output projection and its gain on the value and output projections (arXiv 2210.06423,
-    figure 2). Queries, keys and values have one length. In place of ``nn.TransformerEncoderLayer.self_attn`` it works as it
-    is; an ``nn.TransformerEncoder`` of such layers wants ``enable_nested_tensor=False``.
+    figure 2). Queries, keys and values have one length. As an ``nn.TransformerEncoderLayer.self_attn`` it works
+    as it is; an ``nn.TransformerEncoder`` of such layers wants ``enable_nested_tensor=False``.
 
     Args:
         embed_dim, num_heads: as of ``nn.MultiheadAttention``.
