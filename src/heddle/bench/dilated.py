@@ -317,7 +317,7 @@ def notes(record: dict[str, Any]) -> list[str]:
         f"{', '.join([*m['accelerators'], m['processor']])}, {m['cores']} cores; Python {m['python']}, {versions}; "
         f"{m['date']}",
         "ms: median and quartiles of interleaved rounds. GFLOP/s: by LongNet's eq. 17. of matmul, of SDPA: that rate "
-        "over those of a matrix product in the same dtype and of torch's SDPA on one segment's kept tokens, same rounds.",
+        "over those of a matrix product in the same dtype and of SDPA on one segment's kept tokens, same rounds.",
     ]
     fitted = [f"{name} {slope:.3f}" for name, slope in record["exponents"].items() if slope is not None]
     if fitted:
