@@ -351,7 +351,7 @@ def test_a_conversation_goes_on_in_its_cache():
 def test_a_model_starts_from_plain_weights(source, mode, tmp_path, caplog):
     if source == "gguf":
         path = tmp_path / "tiny.gguf"
-        tiny_gguf.write(path)
+        tiny_gguf.write(path, hugging_face("llama"))
     else:
         path = tmp_path
         hugging_face(source).save_pretrained(path)
