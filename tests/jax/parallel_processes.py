@@ -1,14 +1,10 @@
 """Context parallelism over processes. Not collected by name: test_parallel.py starts it, once a process.
 
-Arguments: the coordinator's address, how many processes, which of them this is. Each has two devices. Every process has
+Arguments: the coordinator's address, how many processes, which of them this is. Each has two devices, by XLA_FLAGS. Every process has
 the whole problem and compares its own devices' parts with the float64 oracle.
 """
 
-import os
 import sys
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np

@@ -463,7 +463,8 @@ def test_two_processes():
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     tests = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests)}
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests), "XLA_FLAGS": flags}
     running = [
         subprocess.Popen(
             [sys.executable, tests / "jax" / "parallel_processes.py", f"localhost:{port}", "2", str(process)],

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from . import attention, decode, parscale
+from . import attention, decode, dilated, parscale
+
+
+MODULES = {"attention": attention, "decode": decode, "parscale": parscale, "dilated": dilated}  #: by record
 
 
 def write(folder: str | Path, out: str | Path, title: str = "Measurements") -> Path:
-    """Read every ``attention.json``, ``decode.json``, ``parscale.json``, ``tiles.json`` and JUnit ``*.xml`` in a page.
+    """Put the records of ``heddle bench`` below ``folder``, tuned tiles and tests' results (JUnit XML) into a page.
 
     Raises:
         ValueError: a folder that holds none of them.
@@ -20,12 +23,11 @@ def write(folder: str | Path, out: str | Path, title: str = "Measurements") -> P
     folder, out = Path(folder), Path(out)
     parts = [_cases(sorted(folder.rglob("*.xml")))]
     parts += [_tiles(json.loads(path.read_text())) for path in sorted(folder.rglob("tiles.json"))]
-    parts += [_measured(json.loads(path.read_text()), attention) for path in sorted(folder.rglob("attention.json"))]
-    parts += [_measured(json.loads(path.read_text()), decode) for path in sorted(folder.rglob("decode.json"))]
-    parts += [_measured(json.loads(path.read_text()), parscale) for path in sorted(folder.rglob("parscale.json"))]
+    for name, module in MODULES.items():
+        parts += [_measured(json.loads(path.read_text()), module) for path in sorted(folder.rglob(f"{name}.json"))]
     parts = [part for part in parts if part]
     if not parts:
-        raise ValueError(f"folder must hold records of heddle bench (attention.json, decode.json), got {folder}")
+        raise ValueError(f"folder must hold records of heddle bench (attention.json and the like), got {folder}")
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(out.name + ".part")
     beside.write_text("\n\n".join([f"# {title}", *parts]) + "\n")
