@@ -97,22 +97,21 @@ def dilated_prefill(
         is_causal=True, scale=scale, implementation=implementation,
     )  # fmt: skip
     xp, (batch, seq, heads, _), kv_heads = namespace(query), query.shape, key.shape[2]
-    if lengths is None:
-        lengths = arange(batch, query) * 0 + seq
-    else:
-        lengths = xp.astype(_check_lengths(lengths, query), xp.int32)
-        out = xp.where((arange(seq, query) < lengths[:, None])[:, :, None, None], out, 0.0)
+    held: Array = arange(batch, query) * 0 + seq
+    if lengths is not None:
+        held = xp.astype(_check_lengths(lengths, query), xp.int32)
+        out = xp.where((arange(seq, query) < held[:, None])[:, :, None, None], out, 0.0)
     keys, values = [], []
     for pattern in check_patterns(segment_lengths, dilation_rates):
         rings = _rings(pattern, heads, kv_heads)
         ring, slot = arange(rings.count, query)[:, None], arange(rings.slots, query)
         within = slot * pattern.rate + ring % pattern.rate
-        position = (lengths // pattern.length * pattern.length)[:, None, None] + within
-        here = ((within < pattern.length) & (position < lengths[:, None, None]))[..., None]
+        position = (held // pattern.length * pattern.length)[:, None, None] + within
+        here = ((within < pattern.length) & (position < held[:, None, None]))[..., None]
         place = arange(batch, query)[:, None, None], clip(position, 0, seq - 1), ring // rings.per_key_head
         keys.append(xp.where(here, key[place], 0.0))
         values.append(xp.where(here, value[place], 0.0))
-    return out, DilatedCache(tuple(keys), tuple(values), lengths)
+    return out, DilatedCache(tuple(keys), tuple(values), held)
 
 
 def dilated_decode(
@@ -172,7 +171,7 @@ def dilated_decode(
         asked = rings.by_ring(query)[rows, ring]
         stop = xp.reshape(xp.where(real, slot[:, None] + 1, 0), (-1, 1))
         part = attend(
-            xp.reshape(asked, (-1, 1, *asked.shape[2:])), *seen, Mask(0 * stop, stop),
+            xp.reshape(asked, (-1, 1, *asked.shape[2:])), seen[0], seen[1], Mask(0 * stop, stop),
             scale=scale, implementation=implementation, return_lse=True,
         )  # fmt: skip
         spread = arange(rings.count, query) // pattern.rate

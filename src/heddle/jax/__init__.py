@@ -9,6 +9,8 @@ from . import attention as attention
 
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
+    from .dilated import DilatedAttention as DilatedAttention
+    from .dilated import MultiheadDilatedAttention as MultiheadDilatedAttention
     from .dot_product import dot_product_attention as dot_product_attention
     from .dot_product import nnx_attention as nnx_attention
     from .flash import FlashAttentionParamsConfig as FlashAttentionParamsConfig
@@ -31,6 +33,7 @@ register_pytree()  # also for a Mask made before JAX was imported
 
 # Attention alone needs none of flax, optax and orbax, which take seconds to import: what does is imported when named.
 _HOMES = {
+    "DilatedAttention": "dilated", "MultiheadDilatedAttention": "dilated",
     "KVCache": "cache", "dot_product_attention": "dot_product", "nnx_attention": "dot_product",
     "FlashAttentionParamsConfig": "flash", "attention_specs": "flash",
     "create_attention_mask": "flash", "flash_attention": "flash",
