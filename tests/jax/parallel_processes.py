@@ -1,7 +1,7 @@
 """Context parallelism over processes. Not collected by name: test_parallel.py starts it, once a process.
 
-Arguments: the coordinator's address, how many processes, which of them this is. Each has two devices, by XLA_FLAGS. Every process has
-the whole problem and compares its own devices' parts with the float64 oracle.
+Arguments: the coordinator's address, how many processes, which of them this is. XLA_FLAGS gives each two devices. Every
+process has the whole problem and compares its own devices' parts with the float64 oracle.
 """
 
 import sys

@@ -10,7 +10,6 @@ from xml.etree import ElementTree
 
 from . import attention, decode, dilated, parscale
 
-
 MODULES = {"attention": attention, "decode": decode, "parscale": parscale, "dilated": dilated}  #: by record
 
 
