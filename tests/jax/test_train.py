@@ -186,9 +186,10 @@ def test_too_many_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path):
     broken = trainer(tmp_path, objective=poisoned({2, 4, 5}), max_steps=9, max_nonfinite=2)
     with pytest.raises(FloatingPointError, match=r"2 steps in a row had no finite .* the last one step 5") as error:
         broken.fit()
-    saved = np.load(tmp_path / "nonfinite-5.npz")
+    with np.load(tmp_path / "nonfinite-5.npz") as saved:
+        batch = saved["tokens"]
     assert str(tmp_path / "nonfinite-5.npz") in str(error.value)
-    np.testing.assert_array_equal(saved["tokens"], list(islice(packer(), 5))[4].tokens)
+    np.testing.assert_array_equal(batch, list(islice(packer(), 5))[4].tokens)
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5]
 
 

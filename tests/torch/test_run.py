@@ -315,7 +315,8 @@ def test_too_many_of_them_end_the_run(options, monkeypatch, tmp_path):
     trainer = poisoned(options, monkeypatch, 2, 4, 5)
     with pytest.raises(FloatingPointError, match=r"2 steps in a row had no .* the last one step 5; .*nonfinite-5"):
         trainer.fit()
-    assert np.load(tmp_path / "run" / "nonfinite-5.npz")["tokens"].shape == (4, 16)
+    with np.load(tmp_path / "run" / "nonfinite-5.npz") as saved:
+        assert saved["tokens"].shape == (4, 16)
 
 
 def test_a_batch_that_processes_cannot_share(options, monkeypatch):
