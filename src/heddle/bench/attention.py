@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from heddle import mask_picture
 
 from . import context_parallel as ranks
 from .attention_peers import FRAMEWORKS, OURS, PEERS, Contender, Problem, choose, implementation
+from .tables import show
 from .timing import Timing, interleave, machine, peak_memory
 
 
@@ -173,7 +172,7 @@ def run(
     if as_json:
         print(text)
     else:
-        show(record)
+        show(title(record), tables(record), notes(record))
     if folder is not None:
         (folder / "attention.json").write_text(text + "\n")
         page(record, folder / "attention.html")
@@ -237,23 +236,6 @@ def notes(record: dict[str, Any]) -> list[str]:
         said = ", ".join(f"{balanced} {share:.3f}" for balanced, share in shares.items())
         lines.append(f"visible pairs of {record['context_parallel']} ranks, max/mean at {int(seq):,} tokens: {said}")
     return lines + [f"{name} did not run: {why}" for name, why in record["not_run"].items()]
-
-
-def show(record: dict[str, Any]) -> None:
-    """Print the tables."""
-    console = Console()
-    if not console.is_terminal:  # nothing is cut off in a file
-        console = Console(width=120)
-    console.print(title(record), highlight=False, markup=False)
-    for header, rows in tables(record):
-        drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in header:
-            drawn.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
-        for row in rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-    for line in notes(record):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def page(record: dict[str, Any], path: Path) -> None:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from .tables import show
 from .timing import interleave, machine, memory_reader
 
 PEERS = ("transformers",)
@@ -146,7 +145,7 @@ def run(
         prompts = _prompts(tokenizer, batch, prompt_tokens)
         record |= measure(contenders, prompts, tokens, weights_read(transformer), repeats, status.update)
     text = json.dumps(record, indent=2)
-    print(text) if as_json else show(record)
+    print(text) if as_json else show(title(record), tables(record), notes(record))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "decode.json").write_text(text + "\n")
@@ -227,20 +226,3 @@ def notes(record: dict[str, Any]) -> list[str]:
         f"medians of {record['results'][0]['repeats']} interleaved rounds; {m['processor']}, {m['cores']} cores; "
         f"Python {m['python']}, {versions}; {m['date']}",
     ]
-
-
-def show(record: dict[str, Any]) -> None:
-    """Print the table."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(title(record), highlight=False, markup=False)
-    for header, rows in tables(record):
-        drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in header:
-            drawn.add_column(name, justify="right" if name else "left", no_wrap=True)
-        for row in rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-    for line in notes(record):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)

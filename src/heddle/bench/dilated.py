@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from heddle.attention.dilated import Pattern, check_patterns
 
+from .tables import show
 from .timing import interleave, machine, peak_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -268,7 +267,7 @@ def run(
     }
     record["problem"] = {name: value for name, value in record["problem"].items() if name not in ("seq", "batch")}
     text = json.dumps(record, indent=2)
-    print(text) if as_json else show(record)
+    print(text) if as_json else show(title(record), tables(record), notes(record))
     if out is not None:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -325,23 +324,6 @@ def notes(record: dict[str, Any]) -> list[str]:
     if record["memory"]:
         lines.append("peak: memory above the inputs', output included, each contender alone in a new process.")
     return lines + [f"{name} did not run: {why}" for name, why in record["not_run"].items()]
-
-
-def show(record: dict[str, Any]) -> None:
-    """Print the tables."""
-    console = Console()
-    if not console.is_terminal:  # nothing is cut off in a file
-        console = Console(width=120)
-    console.print(title(record), highlight=False, markup=False)
-    for header, rows in tables(record):
-        drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for name in header:
-            drawn.add_column(name, justify="left" if name == header[0] else "right", no_wrap=True)
-        for row in rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-    for line in notes(record):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def page(record: dict[str, Any], path: Path) -> None:

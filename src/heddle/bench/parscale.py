@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from .decode import _prompts as text_prompts
+from .tables import show
 from .timing import interleave, machine
 
 #: By corpus, the constants of the law (arXiv 2505.10475, table 1); A and α cancel where losses are equal.
@@ -112,7 +111,7 @@ def run(
             "results": results,
         }
     text = json.dumps(record, indent=2)
-    print(text) if as_json else show(record)
+    print(text) if as_json else show(title(record), tables(record), notes(record))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         (Path(out) / "parscale.json").write_text(text + "\n")
@@ -329,23 +328,6 @@ def notes(record: dict[str, Any]) -> list[str]:
         f"medians of {p['repeats']} interleaved rounds; {m['processor']}, {m['cores']} cores; Python {m['python']}, "
         f"{versions}; {m['date']}",
     ]
-
-
-def show(record: dict[str, Any]) -> None:
-    """Print the tables."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
-    console.print(title(record), highlight=False, markup=False)
-    for header, rows in tables(record):
-        drawn = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for index, name in enumerate(header):
-            drawn.add_column(name, justify="right" if index else "left", no_wrap=True)
-        for row in rows:
-            drawn.add_row(*row)
-        console.print(drawn)
-    for line in notes(record):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def page(record: dict[str, Any], path: Path) -> None:

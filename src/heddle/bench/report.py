@@ -9,6 +9,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from . import attention, decode, dilated, parscale
+from .tables import markdown
 
 MODULES = {"attention": attention, "decode": decode, "parscale": parscale, "dilated": dilated}  #: by record
 
@@ -32,12 +33,6 @@ def write(folder: str | Path, out: str | Path, title: str = "Measurements") -> P
     beside.write_text("\n\n".join([f"# {title}", *parts]) + "\n")
     beside.replace(out)
     return out
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _measured(record: dict[str, Any], module: Any) -> str:
