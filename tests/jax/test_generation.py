@@ -3,6 +3,7 @@
 import heapq
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from tiny_models import hugging_face, tokens
 from heddle.data.tokenizers import Tokenizer
 from heddle.jax import Completion, Transformer, generate, generation, stream
 from heddle.jax import sampler as usual
-from heddle.jax.generation import PREFILL, STEPS, Past, _Answer, _decode, _pieces_of, _prefill
+from heddle.jax.answer import Answer
+from heddle.jax.generation import PREFILL, STEPS, Past, _decode, _pieces_of, _prefill
 
 BYTES = Tokenizer.bytes()
 PROMPTS = [tokens(n, seed=n).tolist() for n in (3, 40, 11)]
@@ -62,6 +64,35 @@ def test_a_strong_penalty_repeats_nothing(model):
     assert len(set(completion.tokens) | set(PROMPTS[2])) == 40 + len(set(PROMPTS[2]))
 
 
+def test_a_frequency_penalty_counts_what_was_said(model):
+    logits = lambda ids: np.asarray(model(jnp.asarray([ids]))[0, -1])  # noqa: E731
+    prompt, said = PROMPTS[2], []
+    for _ in range(12):
+        counts = np.bincount(said, minlength=257) if said else np.zeros(257)
+        said.append(int(np.argmax(logits([*prompt, *said]) - 5.0 * counts - 0.5 * (counts > 0))))
+    sampler = usual(frequency_penalty=5.0, presence_penalty=0.5)
+    [completion] = generate(model, BYTES, [prompt], max_tokens=12, sampler=sampler, **FREE)
+    assert list(completion.tokens) == said
+
+
+def test_log_probabilities_are_those_of_the_whole_text(model):
+    options = {"max_tokens": 40, "sampler": RANDOM, "seed": 3, **FREE}
+    together = generate(model, BYTES, PROMPTS, logprobs=4, **options)
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        assert completion.tokens == generate(model, BYTES, [prompt], **options)[0].tokens
+        ids = jnp.asarray([[*prompt, *completion.tokens]])
+        exact = np.asarray(jax.nn.log_softmax(model(ids)[0, len(prompt) - 1 : -1]))
+        assert len(completion.logprobs) == len(completion.tokens)
+        for told, token, row in zip(completion.logprobs, completion.tokens, exact, strict=True):
+            assert told.chosen == pytest.approx(row[token], abs=1e-4)
+            assert [value for _, value in told.top] == pytest.approx(np.sort(row)[::-1][:4], abs=1e-4)
+            assert [row[token] for token, _ in told.top] == pytest.approx([value for _, value in told.top], abs=1e-4)
+    pieces = list(stream(model, BYTES, PROMPTS[0], logprobs=0, **options))
+    expected = [told.chosen for told in together[0].logprobs]
+    assert [piece.logprobs.chosen for piece in pieces] == pytest.approx(expected, abs=1e-4)
+    assert pieces[0].logprobs.top == ()
+
+
 @pytest.mark.parametrize("sampler", [usual(), RANDOM])
 def test_streamed_pieces_add_up(model, sampler):
     for prompt in PROMPTS:
@@ -105,7 +136,7 @@ def test_stop_strings_end_a_text_before_them(model):
 
 def answer(text: str, *stop: str, limit: int = 1000, ids: tuple[int, ...] = ()) -> list[str]:
     """The pieces of a text, byte by byte, up to its end."""
-    assembling = _Answer(BYTES.decoder(), stop, frozenset(ids), limit)
+    assembling = Answer(BYTES.decoder(), stop, frozenset(ids), limit)
     pieces = []
     for byte in text.encode():
         pieces.append(assembling.add(byte).text)
@@ -211,6 +242,7 @@ def test_a_conversations_cache_grows(model, monkeypatch):
         (["a"], {"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
         (["a"], {"stop": ["x", ""]}, "stop must hold strings that aren't empty"),
         (["a", "b"], {"seed": [1]}, "seed must be one integer or one for each of 2 prompts, got 1"),
+        (["a"], {"logprobs": -1}, r"logprobs must be None or an integer in \[0, 257\], got -1"),
         (["a"], {"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
     ],
 )

@@ -7,7 +7,23 @@ import pytest
 import torch
 import transformers
 
-from heddle.jax.sampling import Greedy, MinP, Random, RepetitionPenalty, Temperature, TopK, TopP, needs_seen, sampler
+from heddle.jax.sampling import (
+    FrequencyPenalty,
+    Greedy,
+    MinP,
+    Mixed,
+    PresencePenalty,
+    Random,
+    RepetitionPenalty,
+    Temperature,
+    TopK,
+    TopP,
+    history,
+    logprobs,
+    needs_history,
+    remember,
+    sampler,
+)
 
 LOGITS = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32) * 4
 
@@ -38,11 +54,64 @@ def test_transforms_are_those_of_transformers(ours, theirs):
 
 def test_the_repetition_penalty_is_that_of_transformers():
     ids = np.array([[1, 5, 5], [0, 2, 999], [7, 8, 9]])
-    seen = np.zeros(LOGITS.shape, bool)
-    np.put_along_axis(seen, ids, True, axis=1)
+    seen = jnp.asarray(history(list(ids), [()] * 3, LOGITS.shape[1]))
     theirs = transformers.RepetitionPenaltyLogitsProcessor(1.7)
     expected = theirs(torch.from_numpy(ids), torch.from_numpy(LOGITS.copy())).numpy()
-    np.testing.assert_allclose(RepetitionPenalty(1.7)(jnp.asarray(LOGITS), jnp.asarray(seen)), expected, rtol=1e-6)
+    np.testing.assert_allclose(RepetitionPenalty(1.7)(jnp.asarray(LOGITS), seen), expected, rtol=1e-6)
+
+
+def test_presence_and_frequency_penalties_count_the_answer_alone():
+    # OpenAI's formula: logit - count * frequency - (count > 0) * presence, of what was sampled.
+    said = history([[1, 5], [2]], [[5, 7, 7], []], 10)
+    np.testing.assert_array_equal(said, [[0, -1, 0, 0, 0, 1, 0, 2, 0, 0], [0, 0, -1, *[0] * 7]])
+    counts = np.array([[0, 0, 0, 0, 0, 1, 0, 2, 0, 0], [0] * 10])
+    logits, said = jnp.asarray(LOGITS[:2, :10]), jnp.asarray(said)
+    np.testing.assert_allclose(PresencePenalty(0.7)(logits, said), LOGITS[:2, :10] - 0.7 * (counts > 0), rtol=1e-6)
+    np.testing.assert_allclose(FrequencyPenalty(-0.4)(logits, said), LOGITS[:2, :10] + 0.4 * counts, rtol=1e-6)
+
+
+def test_what_is_said_is_remembered():
+    said = jnp.asarray(history([[1], [2]], [[], [3]], 5))
+    for tokens in ([1, 3], [4, 0], [1, 3]):
+        said = remember(said, jnp.asarray(tokens))
+    np.testing.assert_array_equal(said, history([[1], [2]], [[1, 4, 1], [3, 3, 0, 3]], 5))
+
+
+def test_log_probabilities_are_the_models():
+    told = logprobs(jnp.asarray(LOGITS), jnp.asarray([4, 5, 6]), 3)
+    exact = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(told.chosen, exact[[0, 1, 2], [4, 5, 6]], rtol=1e-5)
+    order = np.argsort(-LOGITS, axis=1)[:, :3]
+    np.testing.assert_array_equal(told.ids, order)
+    np.testing.assert_allclose(told.top, np.take_along_axis(exact, order, 1), rtol=1e-5)
+
+
+MIXTURE = [
+    sampler(), sampler(0.7, top_k=5), sampler(2.0, top_p=0.8, frequency_penalty=0.5), sampler(1.0, min_p=0.1),
+    sampler(0.0, repetition_penalty=3.0), sampler(3.0, 40, 0.9, 0.01, 1.2, 0.5, -0.5),
+    sampler(1.0, top_k=10**9, presence_penalty=2.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [[5, 0, 2, 6], [4, 0], [1, 3]])
+def test_a_mixed_batch_chooses_as_each_sampler_alone(rows):
+    rng = np.random.default_rng(1)
+    choose = jax.jit(lambda chosen, *rest: chosen(*rest))
+    for trial in range(5):
+        logits = jnp.asarray(rng.standard_normal((len(rows), 300)).astype(np.float32))
+        before = [list(rng.integers(0, 300, (len(rows), n))) for n in (50, 90)]
+        said = jnp.asarray(history(*before, 300))
+        own = keys(len(rows), seed=trial)
+        found = choose(Mixed.of([MIXTURE[row] for row in rows]), logits, own, said)
+        for at, row in enumerate(rows):
+            assert found[at] == choose(MIXTURE[row], logits[at : at + 1], own[at : at + 1], said[at : at + 1])[0]
+    assert choose._cache_size() <= 1 + len(set(rows))
+
+
+def test_a_mixed_batch_refuses_what_it_cannot_mix():
+    for transforms in ((TopP(0.5), TopK(3)), (TopK(3), TopK(4)), (lambda logits, history: logits,)):
+        with pytest.raises(ValueError, match="sampler must be a usual chain"):
+            Mixed.of([sampler(), Random(transforms)])
 
 
 def test_a_number_for_each_sequence():
@@ -92,7 +161,7 @@ def test_a_key_chooses_alike_in_every_batch():
 def test_greedy_takes_the_highest_and_the_first_of_equals():
     np.testing.assert_array_equal(Greedy()(jnp.asarray(LOGITS), None), LOGITS.argmax(axis=1))
     assert int(Greedy()(jnp.array([[1.0, 4.0, 4.0]]), None)[0]) == 1
-    seen = jnp.asarray(np.eye(3, dtype=bool)[[1]])
+    seen = jnp.asarray([[0, -1, 0]])
     assert int(Greedy((RepetitionPenalty(2.0),))(jnp.array([[1.5, 2.0, 1.0]]), None, seen)[0]) == 0
 
 
@@ -108,8 +177,10 @@ def test_the_usual_chain():
     assert sampler(0.0, top_k=5, repetition_penalty=1.1) == Greedy((RepetitionPenalty(1.1),))
     chain = (RepetitionPenalty(1.1), Temperature(0.5), TopK(4), TopP(0.9), MinP(0.1))
     assert sampler(0.5, 4, 0.9, 0.1, 1.1) == Random(chain)
-    assert needs_seen(Random(chain))
-    assert not needs_seen(sampler(0.5, 4))
+    assert needs_history(Random(chain))
+    assert needs_history(sampler(frequency_penalty=1.0))
+    assert needs_history(sampler(presence_penalty=1.0))
+    assert not needs_history(sampler(0.5, 4))
 
 
 @pytest.mark.parametrize(
@@ -124,6 +195,8 @@ def test_the_usual_chain():
         ({"temperature": float("nan")}, "temperature must be"),
         ({"temperature": float("inf")}, "temperature must be"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive number"),
+        ({"presence_penalty": float("nan")}, "presence_penalty must be a number, got nan"),
+        ({"frequency_penalty": float("inf")}, "frequency_penalty must be a number, got inf"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options, message):

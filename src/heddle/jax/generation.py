@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from heddle.attention import PADDING_SEGMENT_ID
 from heddle.attention.arrays import Array
 from heddle.data.tokenizers import Tokenizer
 
+from .answer import Answer, Piece, TokenLogprobs, stop_strings
 from .cache import KVCache
 from .model import Transformer
-from .sampling import Greedy, Sampler, needs_seen
+from .sampling import Greedy, Logprobs, Sampler, history, logprobs, needs_history, remember
 
 #: Prompts are read in pieces of these lengths, so that three compilations serve every prompt.
 PREFILL = (32, 128, 512)
@@ -37,20 +38,14 @@ class Completion:
 
     ``tokens`` are all that were sampled, with the stop id that ended them if one did; ``text`` ends before a stop id
     or stop string. ``finish_reason``: ``"stop"``, or ``"length"`` at ``max_tokens`` or the end of the context.
+    ``logprobs``, where they were asked for, holds those of each token.
     """
 
     text: str
     tokens: tuple[int, ...]
     finish_reason: str
     prompt_tokens: int
-
-
-class Piece(NamedTuple):
-    """What one token added: text that is certain now, perhaps none; at the end the reason for it."""
-
-    text: str
-    token: int
-    finish_reason: str | None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 def generate(
@@ -63,6 +58,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
+    logprobs: int | None = None,
 ) -> list[Completion]:
     """Continue each prompt, all in one batch; each as it would be continued alone.
 
@@ -77,16 +73,28 @@ def generate(
             whatever batch.
         stop: strings that end a text, which are left out of it.
         stop_ids: token ids that end a text; None: the tokenizer's and the model's.
+        logprobs: tell each token's log-probability, and those of so many likeliest ones.
 
     Raises:
         ValueError: no prompts, an empty one, or one that fills the model's context; arguments out of range.
     """
-    run = Generation(model, tokenizer, prompts, max_tokens, sampler, seed, stop, stop_ids)
-    while not run.finished:
+    run = Generation(model, tokenizer, prompts, max_tokens, sampler, seed, stop, stop_ids, logprobs=logprobs)
+    told: list[list[Any]] = [[] for _ in run.prompts]
+    while True:
+        for row, pieces in zip(told, run.fresh, strict=True):
+            row += (piece.logprobs for piece in pieces)
+        if run.finished:
+            break
         run.advance(STEPS_WITH_STOP if run.stop else STEPS)
     return [
-        Completion(answer.text, tuple(answer.tokens), answer.finish_reason or "length", prompt.shape[-1])
-        for answer, prompt in zip(run.answers, run.prompts, strict=True)
+        Completion(
+            answer.text,
+            tuple(answer.tokens),
+            answer.finish_reason or "length",
+            prompt.shape[-1],
+            None if logprobs is None else tuple(row),
+        )
+        for answer, prompt, row in zip(run.answers, run.prompts, told, strict=True)
     ]
 
 
@@ -101,13 +109,14 @@ def stream(
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     past: Past | None = None,
+    logprobs: int | None = None,
 ) -> Iterator[Piece]:
     """Continue one prompt, token by token; the texts add up to :func:`generate`'s, in whole characters.
 
     ``past`` remembers a conversation: of a prompt that begins as the last one and its answer, only the rest is read.
     """
     # Not a generator itself, so that wrong arguments are told at the call.
-    return _pieces(Generation(model, tokenizer, [prompt], max_tokens, sampler, seed, stop, stop_ids, past))
+    return _pieces(Generation(model, tokenizer, [prompt], max_tokens, sampler, seed, stop, stop_ids, past, logprobs))
 
 
 def _pieces(run: Generation) -> Iterator[Piece]:
@@ -156,45 +165,7 @@ class _State:
     limit: Int[Array, " batch"]
     done: Bool[Array, " batch"]
     keys: Array
-    seen: Bool[Array, "batch vocab"] | None
-
-
-@dataclass
-class _Answer:
-    """One sequence's text so far."""
-
-    decoder: Any
-    stop: tuple[str, ...]
-    stop_ids: frozenset[int]
-    limit: int
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    held: str = ""  # text that may be the beginning of a stop string
-    finish_reason: str | None = None
-
-    def add(self, token: int) -> Piece:
-        self.tokens.append(token)
-        if token in self.stop_ids:
-            self.held += self.decoder.rest()
-            self.finish_reason = "stop"
-        else:
-            self.held += self.decoder.add(token)
-            if len(self.tokens) == self.limit:
-                self.held += self.decoder.rest()
-                self.finish_reason = "length"
-        ends = [at for at in (self.held.find(string) for string in self.stop) if at >= 0]
-        if ends:
-            self.held, self.finish_reason = self.held[: min(ends)], "stop"
-        keep = 0 if self.finish_reason else max((_overlap(self.held, string) for string in self.stop), default=0)
-        piece = self.held[: len(self.held) - keep]
-        self.held = self.held[len(piece) :]
-        self.text += piece
-        return Piece(piece, token, self.finish_reason)
-
-
-def _overlap(text: str, string: str) -> int:
-    """How many characters at the end of ``text`` may begin ``string``."""
-    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if string.startswith(text[-n:])), 0)
+    history: Int[Array, "batch vocab"] | None
 
 
 class Generation:
@@ -214,16 +185,19 @@ class Generation:
         stop: str | Sequence[str] = (),
         stop_ids: Sequence[int] | None = None,
         past: Past | None = None,
+        logprobs: int | None = None,
     ):
         config = model.config
         self.prompts = _encode(model, tokenizer, prompts)
-        self.stop = _stop_strings(stop)
+        self.stop = stop_strings(stop)
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
             raise ValueError(f"max_tokens must be an integer of at least 1, got {max_tokens!r}")
+        check_logprobs(logprobs, config.vocab_size)
         seeds = _seeds(seed, len(self.prompts))
         ends = (*tokenizer.stop_ids, *config.eos_ids) if stop_ids is None else tuple(stop_ids)
         self.sampler = Greedy() if sampler is None else sampler
         self.past = past
+        self._logprobs = logprobs
         self._leaves, self._structure = jax.tree.flatten(model)
         self._stop_ids = jnp.asarray(np.pad(np.asarray(ends, np.int32), (0, -len(ends) % 8 or 8), constant_values=-1))
 
@@ -231,7 +205,7 @@ class Generation:
             raise ValueError("prompt must be one for all replicas where there is a past, got one for each")
         lengths = [prompt.shape[-1] for prompt in self.prompts]
         limits = [min(max_tokens, config.max_position_embeddings - length) for length in lengths]
-        self.answers = [_Answer(tokenizer.decoder(), self.stop, frozenset(ends), limit) for limit in limits]
+        self.answers = [Answer(tokenizer.decoder(), self.stop, frozenset(ends), limit) for limit in limits]
         self.fresh: list[list[Piece]] = []
         room = max(length + limit for length, limit in zip(lengths, limits, strict=True))
         if past is not None:
@@ -239,17 +213,16 @@ class Generation:
         else:
             cache, held = KVCache.empty(config, len(self.prompts), _room(room, model), model.dtype), 0
 
-        seen = None
-        if needs_seen(self.sampler):
-            rows = np.zeros((len(self.prompts), config.vocab_size), bool)
-            for row, prompt in zip(rows, self.prompts, strict=True):
-                row[prompt[prompt != PADDING]] = True
-            seen = jnp.asarray(rows)
+        said = None
+        if needs_history(self.sampler):
+            prompts_alone = [prompt[prompt != PADDING] for prompt in self.prompts]
+            said = jnp.asarray(history(prompts_alone, [()] * len(prompts_alone), config.vocab_size))
         last, cache = self._read(model, cache, held)
         keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
         token, count = (jnp.zeros(len(self.prompts), jnp.int32) for _ in range(2))  # a buffer each, to be donated
-        state = _State(cache, token, count, jnp.asarray(limits, jnp.int32), jnp.zeros_like(token, bool), keys, seen)
-        self._take(_begin(self._structure, self._leaves, last, state, self.sampler, self._stop_ids), steps=1)
+        state = _State(cache, token, count, jnp.asarray(limits, jnp.int32), jnp.zeros_like(token, bool), keys, said)
+        first = _begin(self._structure, self._leaves, last, state, self.sampler, self._stop_ids, logprobs)
+        self._take(first, steps=1)
 
     @property
     def finished(self) -> bool:
@@ -258,7 +231,8 @@ class Generation:
     def advance(self, steps: int = STEPS) -> None:
         """Up to ``steps`` tokens for each sequence that isn't finished."""
         steps = min(steps, STEPS)
-        self._take(_decode(self._structure, self._leaves, self._state, self.sampler, self._stop_ids, steps), steps)
+        arguments = self._leaves, self._state, self.sampler, self._stop_ids, steps, self._logprobs
+        self._take(_decode(self._structure, *arguments), steps)
 
     def _read(self, model: Transformer, cache: KVCache, held: int) -> tuple[Array, KVCache]:
         """Fill the cache with the prompts past the ``held`` first tokens; each one's last hidden state."""
@@ -279,16 +253,17 @@ class Generation:
             begin += size
         return last, cache
 
-    def _take(self, result: tuple[_State, Array], steps: int) -> None:
-        self._state, tokens = result
+    def _take(self, result: tuple[_State, Array, Logprobs | None], steps: int) -> None:
+        self._state, tokens, told = result
         if self.past is not None:
             self.past.cache = self._state.cache
         self.fresh = []
-        for answer, row in zip(self.answers, np.asarray(tokens)[:, :steps].tolist(), strict=True):
+        told = None if told is None else Logprobs(*map(np.asarray, told))
+        for row, (answer, chosen) in enumerate(zip(self.answers, np.asarray(tokens)[:, :steps].tolist(), strict=True)):
             self.fresh.append([])
-            for token in row:
+            for step, token in enumerate(chosen):
                 if token >= 0 and not answer.finish_reason:
-                    self.fresh[-1].append(answer.add(token))
+                    self.fresh[-1].append(answer.add(token, told and token_logprobs(told, (row, step))))
         if self.past is not None:
             self.past.tokens = self.prompts[0].tolist() + self.answers[0].tokens
         if self.stop:  # of which the device knows nothing
@@ -311,45 +286,76 @@ def _prefill(structure: Any, leaves: list, cache: KVCache, last_bd: Array, token
     return jnp.where((counts > 0)[:, None], final_bd, last_bd), cache
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _begin(structure: Any, leaves: list, last_bd: Array, state: _State, sampler: Sampler, stop_ids: Array):
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
+def _begin(
+    structure: Any,
+    leaves: list,
+    last_bd: Array,
+    state: _State,
+    sampler: Sampler,
+    stop_ids: Array,
+    n: int | None,
+):
     """The first token of each answer."""
-    state = _choose(jax.tree.unflatten(structure, leaves), last_bd, state, sampler, stop_ids)
-    return state, state.token[:, None]
+    state, told = _choose(jax.tree.unflatten(structure, leaves), last_bd, state, sampler, stop_ids, n)
+    return state, state.token[:, None], jax.tree.map(lambda a: a[:, None], told)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(structure: Any, leaves: list, state: _State, sampler: Sampler, stop_ids: Array, steps: Array):
-    """Up to ``steps`` more tokens, and the tokens ``(batch, STEPS)``; -1 where a sequence was done already."""
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+def _decode(
+    structure: Any,
+    leaves: list,
+    state: _State,
+    sampler: Sampler,
+    stop_ids: Array,
+    steps: Array,
+    n: int | None,
+):
+    """Up to ``steps`` more tokens: the tokens ``(batch, STEPS)``, -1 where a sequence was done already, and with ``n``
+    their log-probabilities."""
     model: Transformer = jax.tree.unflatten(structure, leaves)
 
     def more(carry):
-        step, state, _ = carry
+        step, state, _, _ = carry
         return (step < steps) & ~jnp.all(state.done)
 
     def body(carry):
-        step, state, tokens = carry
+        step, state, tokens, told = carry
         done = state.done
         segment_ids = jnp.where(done, PADDING_SEGMENT_ID, 0)[:, None]
         hidden_b1d, cache = model.hidden(state.token[:, None], segment_ids=segment_ids, cache=state.cache)
-        state = _choose(model, hidden_b1d[:, 0], replace(state, cache=cache), sampler, stop_ids)
-        return step + 1, state, tokens.at[:, step].set(jnp.where(done, -1, state.token))
+        state, fresh = _choose(model, hidden_b1d[:, 0], replace(state, cache=cache), sampler, stop_ids, n)
+        tokens = tokens.at[:, step].set(jnp.where(done, -1, state.token))
+        return step + 1, state, tokens, jax.tree.map(lambda all_, new: all_.at[:, step].set(new), told, fresh)
 
-    tokens = jnp.full((state.token.shape[0], STEPS), -1, jnp.int32)
-    _, state, tokens = jax.lax.while_loop(more, body, (jnp.int32(0), state, tokens))
-    return state, tokens
+    batch = state.token.shape[0]
+    tokens = jnp.full((batch, STEPS), -1, jnp.int32)
+    told = None
+    if n is not None:
+        told = Logprobs(
+            jnp.zeros((batch, STEPS)), jnp.zeros((batch, STEPS, n)), jnp.zeros((batch, STEPS, n), jnp.int32)
+        )
+    _, state, tokens, told = jax.lax.while_loop(more, body, (jnp.int32(0), state, tokens, told))
+    return state, tokens, told
 
 
 def _choose(
-    model: Transformer, hidden_bd: Float[Array, "batch hidden"], state: _State, sampler: Sampler, stop_ids: Array
-) -> _State:
+    model: Transformer,
+    hidden_bd: Float[Array, "batch hidden"],
+    state: _State,
+    sampler: Sampler,
+    stop_ids: Array,
+    n: int | None,
+) -> tuple[_State, Logprobs | None]:
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
-    token = sampler(model.head(hidden_bd), keys, state.seen)
+    logits = model.head(hidden_bd)
+    token = sampler(logits, keys, state.history)
+    told = None if n is None else logprobs(logits, token, n)
     token = jnp.where(state.done, state.token, token)
     count = jnp.where(state.done, state.count, state.count + 1)
-    seen = None if state.seen is None else state.seen.at[jnp.arange(token.shape[0]), token].set(True)
+    said = None if state.history is None else remember(state.history, token)
     done = state.done | (count >= state.limit) | jnp.any(token[:, None] == stop_ids, axis=1)
-    return replace(state, token=token, count=count, done=done, seen=seen)
+    return replace(state, token=token, count=count, done=done, history=said), told
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -397,11 +403,18 @@ def _encode_one(model: Transformer, tokenizer: Tokenizer, name: str, prompt: Any
     return np.asarray(ids, np.int32)
 
 
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(string, str) and string for string in strings):
-        raise ValueError(f"stop must hold strings that aren't empty, got {stop!r}")
-    return strings
+def check_logprobs(n: int | None, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: not a number of tokens that there are.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= vocab_size):
+        raise ValueError(f"logprobs must be None or an integer in [0, {vocab_size}], got {n!r}")
+
+
+def token_logprobs(told: Logprobs, at: Any) -> TokenLogprobs:
+    """Those of one token of a step's arrays, of which NumPy's suit."""
+    return TokenLogprobs(float(told.chosen[at]), tuple(zip(told.ids[at].tolist(), told.top[at].tolist(), strict=True)))
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
