@@ -106,6 +106,35 @@ def test_from_ragged_prompts_each_sequence_is_as_alone(framework, heads, lengths
         np.testing.assert_allclose(got[row], want[row, length : length + got.shape[1]], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("framework", "patterns", "heads", "parts"),
+    [
+        *(("numpy", "three", heads, (1, 13, 2, 9)) for heads in HEADS),
+        ("numpy", "w < r, rows uncovered", "grouped", (5, 5, 5)),
+        ("torch", "three", "groups over some", (30, 11)),
+        ("jax", "three", "groups over some", (7, 7)),
+    ],
+)
+def test_a_prompt_by_parts_is_it_at_once(framework, patterns, heads, parts):
+    """Parts of any size, each row's ragged, on a cache that isn't empty; then token by token."""
+    lists, inputs = PATTERNS[patterns], arrays(*HEADS[heads])
+    want = dilated_attention(*inputs, *lists, is_causal=True)
+    inputs, (prefill, decode) = [TO[framework](x) for x in inputs], FUNCTIONS[framework]
+    cache, held, rng = empty_cache(*inputs, *lists), np.zeros(2, int), np.random.default_rng(1)
+    for part in parts:
+        lengths = np.array([part, rng.integers(part + 1)])
+        at = np.arange(2)[:, None], np.minimum(held[:, None] + np.arange(part), SEQ - 1)
+        out, cache = prefill(*(x[at] for x in inputs), *lists, lengths=TO[framework](lengths), cache=cache)
+        for row, n in enumerate(lengths):
+            np.testing.assert_allclose(out[row, :n], want[row, held[row] : held[row] + n], rtol=0, atol=1e-10)
+            assert not np.asarray(out)[row, n:].any()
+        held += lengths
+        np.testing.assert_array_equal(cache.lengths, held)
+    got, _ = steps(inputs, cache, lists, held, decode)
+    for row, n in enumerate(held):
+        np.testing.assert_allclose(got[row], want[row, n : n + got.shape[1]], rtol=0, atol=1e-10)
+
+
 def test_a_prompt_leaves_what_its_tokens_would():
     lists, inputs = PATTERNS["three"], arrays(6, 3, seq=29)
     _, at_once = dilated_prefill(*inputs, *lists)

@@ -6,12 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from heddle.torch.dilated import (
-    DilatedAttention,
-    DistributedDilatedAttention,
-    DistributedMultiheadDilatedAttention,
-    MultiheadDilatedAttention,
-)
+from heddle.torch.dilated import DilatedAttention, MultiheadDilatedAttention
+from heddle.torch.dilated_distributed import DistributedDilatedAttention, DistributedMultiheadDilatedAttention
 from heddle.torch.parallel import shard, unshard
 
 SEQ = 64

@@ -15,13 +15,12 @@ from torch import nn
 
 from heddle.torch.dilated import (
     DilatedAttention,
-    DilatedTransformerDecoderLayer,
-    DilatedTransformerEncoderLayer,
-    DistributedDilatedAttention,
     ImprovedDilatedAttention,
     ImprovedMultiheadDilatedAttention,
     MultiheadDilatedAttention,
 )
+from heddle.torch.dilated_distributed import DistributedDilatedAttention
+from heddle.torch.dilated_layers import DilatedTransformerDecoderLayer, DilatedTransformerEncoderLayer
 
 #: Of torch itself, where it compiles an autograd function.
 WARNINGS = ["-W", "error", "-W", "ignore::DeprecationWarning"]

@@ -390,6 +390,13 @@ class Tokens(NamedTuple):
         return arange(index.shape[0], index)[:, None], index
 
 
+def document_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Each token's position in its document; of padding, id -1, any."""
+    places = _places(segment_ids, segment_ids, None)
+    assert places is not None
+    return places[0]
+
+
 def _places(like: Array, segment_ids: Array | None, key_padding_mask: Array | None) -> tuple[Array, Array, int] | None:
     """Each token's position in its document, counting no padding; whether it isn't padding; how many documents there
     can be at most. None if there is but one document and no padding."""

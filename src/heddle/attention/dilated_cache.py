@@ -9,7 +9,8 @@ Heads that share a key head and an offset share a ring, so that with grouped que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
@@ -26,7 +27,8 @@ from .arrays import (
     to_numpy,
 )
 from .attend import attend, check, score_scale
-from .dilated import Pattern, check_patterns, decode_slot, dilated_attention
+from .dilated import Columns, Pattern, check_patterns, decode_slot, dilated_attention
+from .dilated_continue import continued
 from .mask import Mask
 from .merge import merge
 
@@ -75,43 +77,83 @@ def dilated_prefill(
     dilation_rates: Sequence[int],
     *,
     lengths: Int[Array, " batch"] | None = None,
+    cache: DilatedCache | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch seq heads value_dim"], DilatedCache]:
-    """Causal dilated attention of whole prompts, and the cache to go on from.
+    """Causal dilated attention of prompts, whole or by parts, and the cache to go on from.
 
     Args:
         query, key, value, segment_lengths, dilation_rates, scale, implementation: as of
             :func:`~heddle.attention.dilated.dilated_attention`.
         lengths: how many of its row's tokens each prompt has; what follows is padding, whose output is 0. None: all.
+        cache: what came before, for prompts that go on. It is left as it is. None: nothing.
 
     Returns:
-        ``(batch, seq, heads, value_dim)`` in query's dtype, and a cache that holds ``lengths`` tokens of each sequence.
+        ``(batch, seq, heads, value_dim)`` in query's dtype, and a cache that holds ``lengths`` tokens more of each
+        sequence.
 
     Raises:
         ValueError: arguments that disagree; lengths below 0 or beyond seq (where values can be read).
         NotImplementedError: the named implementation doesn't serve this case.
     """
-    out = dilated_attention(
-        query, key, value, segment_lengths, dilation_rates,
-        is_causal=True, scale=scale, implementation=implementation,
-    )  # fmt: skip
     xp, (batch, seq, heads, _), kv_heads = namespace(query), query.shape, key.shape[2]
-    held: Array = arange(batch, query) * 0 + seq
+    patterns = check_patterns(segment_lengths, dilation_rates)
+    new: Array = arange(batch, query) * 0 + seq
     if lengths is not None:
-        held = xp.astype(_check_lengths(lengths, query), xp.int32)
-        out = xp.where((arange(seq, query) < held[:, None])[:, :, None, None], out, 0.0)
+        new = xp.astype(_check_lengths(lengths, query), xp.int32)
+    real = arange(seq, query) < new[:, None]
+    if cache is None:
+        out = dilated_attention(
+            query, key, value, segment_lengths, dilation_rates,
+            is_causal=True, scale=scale, implementation=implementation,
+        )  # fmt: skip
+        cache = empty_cache(query, key, value, segment_lengths, dilation_rates)
+        if lengths is not None:
+            out = xp.where(real[:, :, None, None], out, 0.0)
+    else:
+        check(query, key, value, None)
+        if query.shape[1] != key.shape[1]:
+            raise ValueError(f"query and key must have one length, got {seq} and {key.shape[1]}")
+        _check_cache(query, key, value, cache, patterns)
+        positions = xp.where(real, cache.lengths[:, None] + arange(seq, query), -1)
+        source = partial(_rings_and_new, cache, patterns, heads, key, value)
+        out, _ = continued(query, patterns, positions, source, score_scale(query, scale), implementation)
+    held = cache.lengths + new
     keys, values = [], []
-    for pattern in check_patterns(segment_lengths, dilation_rates):
+    for pattern, *old in zip(patterns, cache.keys, cache.values, strict=True):
         rings = _rings(pattern, heads, kv_heads)
         ring, slot = arange(rings.count, query)[:, None], arange(rings.slots, query)
         within = slot * pattern.rate + ring % pattern.rate
         position = (held // pattern.length * pattern.length)[:, None, None] + within
         here = ((within < pattern.length) & (position < held[:, None, None]))[..., None]
-        place = arange(batch, query)[:, None, None], clip(position, 0, seq - 1), ring // rings.per_key_head
-        keys.append(xp.where(here, key[place], 0.0))
-        values.append(xp.where(here, value[place], 0.0))
+        place = position - cache.lengths[:, None, None]
+        is_new = (place >= 0)[..., None]
+        at = arange(batch, query)[:, None, None], clip(place, 0, seq - 1), ring // rings.per_key_head
+        for kept, x, before in zip((keys, values), (key, value), old, strict=True):
+            kept.append(xp.where(here, xp.where(is_new, x[at], before), 0.0))
     return out, DilatedCache(tuple(keys), tuple(values), held)
+
+
+def _rings_and_new(
+    cache: DilatedCache, patterns: Sequence[Pattern], heads: int, key: Array, value: Array, number: int
+) -> tuple[Columns, Columns, Callable[[Array], Array], int]:
+    """By head, a pattern's ring and the new keys behind it: a source of keys for
+    :func:`~heddle.attention.dilated_continue.continued`."""
+    pattern = patterns[number]
+    rings, group, before = _rings(pattern, heads, key.shape[2]), heads // key.shape[2], cache.lengths[:, None, None]
+
+    def columns(held: Array, x: Array) -> Columns:
+        ring = [h // group * rings.per_key_head + h % group % rings.per_key_head for h in range(heads)]
+        return Columns(
+            [namespace(x).concat([held[:, ring[h]], x[:, :, h // group]], axis=1) for h in range(heads)]
+        )  # fmt: skip
+
+    def place(at: Array) -> Array:
+        slot = at % pattern.length // pattern.rate
+        return namespace(at).where(at < before, slot, rings.slots + at - before)
+
+    return columns(cache.keys[number], key), columns(cache.values[number], value), place, 1
 
 
 def dilated_decode(
@@ -146,6 +188,8 @@ def dilated_decode(
     patterns = check_patterns(segment_lengths, dilation_rates)
     check(query, key, value, None)
     scale = score_scale(query, scale)
+    if query.shape[1] != 1 or key.shape[1] != 1:
+        raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
     _check_cache(query, key, value, cache, patterns)
     xp, (batch, _, heads, _), kv_heads = namespace(query), query.shape, key.shape[2]
     wide, rows = accumulator_dtype(query), arange(batch, query)[:, None]
@@ -227,8 +271,6 @@ def _check_lengths(lengths: Array, query: Array) -> Array:
 
 
 def _check_cache(query: Array, key: Array, value: Array, cache: DilatedCache, patterns: Sequence[Pattern]) -> None:
-    if query.shape[1] != 1 or key.shape[1] != 1:
-        raise ValueError(f"query and key must hold one token, got {query.shape[1]} and {key.shape[1]}")
     for name, arrays, x in (("keys", cache.keys, key), ("values", cache.values, value)):
         rings = [_rings(pattern, query.shape[2], key.shape[2]) for pattern in patterns]
         want = [(x.shape[0], r.count, r.slots, x.shape[3]) for r in rings]

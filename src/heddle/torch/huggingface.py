@@ -20,6 +20,8 @@ from heddle.attention.attend import attend
 from heddle.attention.mask import Mask
 
 NAME = "heddle"
+#: ``attn_implementation`` of our own models, to :func:`heddle.attend`'s; None: the first that serves.
+IMPLEMENTATIONS = {NAME: None, "sdpa": "sdpa", "eager": "reference"}
 MODULE = "transformers.modeling_utils"
 
 

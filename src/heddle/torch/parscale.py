@@ -33,10 +33,10 @@ from heddle.attention.replicas import (
     stack_replicas,
 )
 
+from .huggingface import IMPLEMENTATIONS
 from .parscale_config import Qwen2ParScaleConfig as Qwen2ParScaleConfig
 from .parscale_config import is_parscale
 from .parscale_layers import (
-    IMPLEMENTATIONS,
     PrefixMLP,
     Qwen2ParScaleAttention,
     Qwen2ParScaleDecoderLayer,

@@ -17,11 +17,8 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from heddle.attention.replicas import attend_replicas, replica_attention
 
-from .huggingface import as_mask
+from .huggingface import IMPLEMENTATIONS, as_mask
 from .parscale_config import Qwen2ParScaleConfig
-
-#: ``attn_implementation`` with more than one replica, to :func:`heddle.attend`'s; None: the first that serves.
-IMPLEMENTATIONS = {"heddle": None, "sdpa": "sdpa", "eager": "reference"}
 
 
 class ZeroLinear(nn.Linear):
