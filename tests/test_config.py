@@ -153,27 +153,22 @@ ERRORS = {
     "but training.base_model names 'x': give one",
     # What one wing alone has.
     "framework=tensorflow": "framework must be one of jax, torch; got 'tensorflow'",
-    "parscale.parscale_n=2": "parscale.parscale_n=2 is for framework=torch, but framework is jax",
     "training.report_to=wandb": "training.report_to=wandb is for framework=torch, but framework is jax",
-    "training.freeze_pretrained=true": "training.freeze_pretrained=True is for framework=torch, but framework is jax",
     "framework=torch training.optimizer=lion": "training.optimizer=lion is for framework=jax, but framework is torch",
     # ParScale.
-    "framework=torch parscale.parscale_n=0": "parscale.parscale_n must be at least 1, got 0",
-    "framework=torch parscale.parscale_n_tokens=-1": "parscale.parscale_n_tokens must be at least 0, got -1",
-    "framework=torch parscale.parscale_attn_smooth=1": "parscale.parscale_attn_smooth must be at least 0 and below 1, "
-    "got 1.0",
-    "framework=torch parscale.parscale_cross_attn_layers=[0,-1]": "parscale.parscale_cross_attn_layers must be at "
-    "least 0, got -1",
-    "framework=torch parscale.parscale_cross_attn_layers=3": "parscale.parscale_cross_attn_layers must be a list of "
+    "parscale.parscale_n=0": "parscale.parscale_n must be at least 1, got 0",
+    "parscale.parscale_n_tokens=-1": "parscale.parscale_n_tokens must be at least 0, got -1",
+    "parscale.parscale_attn_smooth=1": "parscale.parscale_attn_smooth must be at least 0 and below 1, got 1.0",
+    "parscale.parscale_cross_attn_layers=[0,-1]": "parscale.parscale_cross_attn_layers must be at least 0, got -1",
+    "parscale.parscale_cross_attn_layers=3": "parscale.parscale_cross_attn_layers must be a list of "
     "integers or null, got 3 (from the command line)",
-    "framework=torch parscale.parscale_cross_attn_mode=both": "parscale.parscale_cross_attn_mode must be one of joint, "
+    "parscale.parscale_cross_attn_mode=both": "parscale.parscale_cross_attn_mode must be one of joint, "
     "sublayer; got 'both'",
-    "framework=torch parscale.parscale_prefix_scope=none": "parscale.parscale_prefix_scope must be one of own, all; "
-    "got 'none'",
+    "parscale.parscale_prefix_scope=none": "parscale.parscale_prefix_scope must be one of own, all; got 'none'",
     "parscale.parscale_m=2": "parscale.parscale_m is not an option (from the command line); "
     "did you mean parscale.parscale_n?",
     "parscale_n=2": "parscale_n is not an option (from the command line); did you mean parscale.parscale_n?",
-    "framework=torch training.freeze_pretrained=true parscale.parscale_n=2": "training.freeze_pretrained trains what "
+    "training.freeze_pretrained=true parscale.parscale_n=2": "training.freeze_pretrained trains what "
     "ParScale adds to a base model: set training.base_model, and parscale.parscale_n above 1",
     "data.held_out=0": "training.eval_every needs something to evaluate on: set data.held_out above 0, "
     "name data.eval_corpus, or set training.eval_every=0",

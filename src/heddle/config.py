@@ -165,11 +165,8 @@ class TrainingOptions:
             )
 
 
-#: Options, sections and values that one wing alone has.
-ONE_WING = {
-    "parscale": "torch", "training.freeze_pretrained": "torch", "training.report_to": "torch",
-    "training.optimizer=lion": "jax",
-}  # fmt: skip
+#: Options and values that one wing alone has.
+ONE_WING = {"training.report_to": "torch", "training.optimizer=lion": "jax"}
 
 
 @dataclass
@@ -189,7 +186,7 @@ class Config:
         _one_of("framework", self.framework, FRAMEWORKS)
         for name, value in self._changed().items():
             section = name.partition(".")[0]
-            only = ONE_WING.get(name) or ONE_WING.get(section) or ONE_WING.get(f"{name}={value}")
+            only = ONE_WING.get(name) or ONE_WING.get(f"{name}={value}")
             if only is not None and only != self.framework:
                 raise ValueError(f"{name}={value} is for framework={only}, but framework is {self.framework}")
             if section == "model" and self.training.base_model is not None:

@@ -1,5 +1,6 @@
 """``heddle train``: from a configuration to a model in a folder."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,13 +11,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from compile_once import compile_once  # noqa: F401
 from flax import nnx
 
 from heddle import cli
 from heddle.config import load_config
 from heddle.data.tokenizers import Tokenizer
+from heddle.jax.generation import generate
 from heddle.jax.model import Transformer
+from heddle.jax.parscale import is_new
 from heddle.jax.run import make_model, prepare, run
 from heddle.metrics import read_metrics
 
@@ -171,3 +175,71 @@ def test_print_config_shows_what_would_run_and_runs_nothing(options, tmp_path, m
     (tmp_path / "printed.yaml").write_text(out)
     assert load_config(tmp_path / "printed.yaml") == load_config(None, [*options, "training.max_steps=9"])
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------- ParScale
+
+PARSCALE = ["parscale.parscale_n=2", "parscale.parscale_n_tokens=3", "parscale.enable_cross_attn=true"]
+
+
+@pytest.mark.parametrize("mode", ["joint", "sublayer"])
+def test_parscale_is_trained_from_scratch_and_loads_in_transformers(options, tmp_path, mode):
+    from heddle.torch.parscale import Qwen2ParScaleForCausalLM
+
+    trainer = run(load_config(None, [*options, *PARSCALE, f"parscale.parscale_cross_attn_mode={mode}"]))
+    evaluated = [e for _, _, e in losses(tmp_path / "run") if e is not None]
+    assert evaluated[-1] < evaluated[0] < np.log(257)
+    theirs = Qwen2ParScaleForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokens = np.arange(12)[None] + 97
+    logits = theirs(torch.from_numpy(tokens)).logits.detach()
+    np.testing.assert_allclose(trainer.model(tokens), logits, atol=1e-4)
+
+
+def test_a_frozen_base_stays_as_it_was_and_the_rest_learns(options, tmp_path):
+    base = tmp_path / "base"
+    run(load_config(None, [*options, f"output={base}"]))
+    further = [o for o in options if not o.startswith("model.")]
+    config = load_config(
+        None,
+        [*further, *PARSCALE, f"training.base_model={base / 'model'}", "training.freeze_pretrained=true"],
+    )
+    before = nnx.to_pure_dict(nnx.state(prepare(config)[0].model))
+    trainer = run(config)
+    after = nnx.to_pure_dict(nnx.state(trainer.model))
+    learned = 0
+    for (path, old), (_, new) in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree_util.tree_leaves_with_path(after), strict=True
+    ):
+        if is_new(path):
+            learned += not np.array_equal(old, new)
+        else:
+            np.testing.assert_array_equal(old, new)
+    assert learned >= 5  # prefixes, attention between replicas, their sum
+    # Nor does the optimiser hold anything of the base.
+    moments = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.state.optimizer)}
+    assert any("replicas" in name for name in moments)
+    assert not any("ffn" in name for name in moments)
+    evaluated = [e for _, _, e in losses(tmp_path / "run") if e is not None]
+    assert evaluated[-1] < evaluated[0]
+
+
+def test_a_parscale_checkpoint_is_gone_on_with(options, tmp_path):
+    trainer = run(load_config(None, [*options, *PARSCALE, "training.max_steps=2"]))
+    folder = tmp_path / "run" / "model"
+    further = [o for o in options if not o.startswith("model.")] + [f"training.base_model={folder}"]
+    model = make_model(load_config(None, [*further, *PARSCALE]), Tokenizer.bytes())
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), nnx.state(trainer.model))
+    for replicas in (1, 3):
+        config = load_config(None, [*further, *PARSCALE, f"parscale.parscale_n={replicas}"])
+        with pytest.raises(ValueError, match=rf"parscale_n must be that of the ParScale model .*, 2; got {replicas}"):
+            make_model(config, Tokenizer.bytes())
+
+
+def test_generate_continues_with_a_parscale_folder(options, tmp_path, monkeypatch, capsys):
+    run(load_config(None, [*options, *PARSCALE, "training.max_steps=2"]))
+    model = str(tmp_path / "run" / "model")
+    arguments = "--prompt", "the cat", "--raw", "--max-tokens", "5", "--json"
+    code, out, _ = heddle(monkeypatch, capsys, "generate", "--model", model, *arguments)
+    assert code == 0
+    expected = generate(Transformer.from_pretrained(model), Tokenizer.bytes(), "the cat", max_tokens=5)[0]
+    assert json.loads(out)["text"] == expected.text

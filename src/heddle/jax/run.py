@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +10,15 @@ from flax import nnx
 
 from heddle.attention.rope import Rope
 from heddle.config import Config
+from heddle.data.locate import locate
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import ProgressBar, Record
 from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
 
 from .lm import lm
 from .model import Transformer
-from .model_config import ModelConfig
+from .model_config import PARSCALE, ModelConfig
+from .parscale import is_new
 from .train import Trainer
 
 
@@ -64,23 +67,37 @@ def show(config: Config) -> int:
 def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
     """The trainer of a configuration, ready to fit, and its tokenizer. Writes nothing."""
     tokenizer, packer, evaluation = training_data(config)
-    return Trainer(make_model(config, tokenizer), lm, packer, config.training, config.output, evaluation), tokenizer
+    model = make_model(config, tokenizer)
+    trainable = nnx.All(nnx.Param, is_new) if config.training.freeze_pretrained else nnx.Param
+    trainer = Trainer(model, lm, packer, config.training, config.output, evaluation, trainable=trainable)
+    return trainer, tokenizer
 
 
 def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``.
 
-    Weights are float32, whatever it computes in. ``data.seq_len`` becomes a new model's context length.
+    With ``parscale.parscale_n`` above 1 as many replicas of it, of model type ``qwen2_parscale``; a ParScale checkpoint
+    keeps its own shape. What is new is random by ``training.seed``. Weights are float32, whatever it computes in.
+    ``data.seq_len`` becomes a new model's context length.
 
     Raises:
-        ValueError: a tokenizer with ids that the pretrained model has no embedding for.
+        ValueError: a tokenizer with ids that the pretrained model has no embedding for; a base model that ParScale
+            can't start from, or that has another number of replicas.
     """
     options, training, seq_len = config.model, config.training, config.data.seq_len
+    parscale = dataclasses.asdict(config.parscale) if config.parscale.parscale_n > 1 else {}
     settings: dict[str, Any] = {
         "dtype": training.compute_dtype, "param_dtype": "float32", "remat": training.remat
     }  # fmt: skip
     if training.base_model is not None:
-        model = Transformer.from_pretrained(place(training.base_model), **settings)
+        path = locate(place(training.base_model))
+        there = ModelConfig.from_json_file(path) if path.is_dir() else None
+        if there is not None and there.model_type == PARSCALE and there.parscale_n != config.parscale.parscale_n:
+            raise ValueError(
+                f"parscale.parscale_n must be that of the ParScale model {training.base_model}, "
+                f"{there.parscale_n}; got {config.parscale.parscale_n}"
+            )
+        model = Transformer.from_pretrained(path, rngs=nnx.Rngs(training.seed), **parscale, **settings)
         check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
     sizes = ModelConfig(
@@ -97,4 +114,6 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
         eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id,
     )
+    if parscale:
+        sizes = sizes.with_parscale(**parscale)
     return Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings)

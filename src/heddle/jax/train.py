@@ -71,6 +71,8 @@ class Trainer:
         options: how to train.
         output: the run's folder.
         evaluation: batches to evaluate on every ``options.eval_every`` steps.
+        trainable: an ``nnx`` filter, the parameters that are trained; the others stay as they are, and take neither a
+            gradient nor optimiser state.
 
     Raises:
         ValueError: ``data`` whose batches aren't of ``options.batch_size`` rows.
@@ -84,19 +86,20 @@ class Trainer:
         options: TrainingOptions,
         output: str | Path,
         evaluation: Sequence[Batch] = (),
+        trainable: Any = nnx.Param,
     ):
         if data.rows != options.batch_size:
             raise ValueError(f"data must come in batches of {options.batch_size} rows, got {data.rows}")
         self.model, self.options, self.output = model, options, Path(output)
         self.stopped_by: signal.Signals | None = None  #: the signal that ended the last fit early
-        self._objective, self._data, self._evaluation = objective, data, evaluation
+        self._objective, self._data, self._evaluation, self._trainable = objective, data, evaluation, trainable
         self._schedule, self._optimizer = make_schedule(options), make_optimizer(options)
         self._graph, variables = nnx.split(model)
         variables = jax.tree.map(_master, variables)
         self.state = TrainState(
             step=jnp.zeros((), jnp.int32),
             model=variables,
-            optimizer=self._optimizer.init(nnx.filter_state(variables, nnx.Param)),
+            optimizer=self._optimizer.init(nnx.filter_state(variables, trainable)),
             rng=jax.random.key_data(jax.random.key(options.seed)),
             nonfinite=jnp.zeros((), jnp.int32),
             data=data.state(),
@@ -202,7 +205,7 @@ class Trainer:
 
     def _step(self, state: TrainState, parts: Batch) -> tuple[TrainState, dict[str, Array]]:
         """One step over the ``parts`` of a batch, each field ``(accumulation, rows, row_len)``."""
-        params, others = nnx.split_state(state.model, nnx.Param, ...)
+        params, others = nnx.split_state(state.model, self._trainable, ...)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def loss(params, *inputs):
