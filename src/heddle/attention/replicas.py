@@ -54,6 +54,7 @@ def replica_attention(
     current: tuple[Float[Array, "rows q_len kv_heads dim"], Float[Array, "rows q_len kv_heads dim"]] | None = None,
     bias: Float[Array, " heads"] | None = None,
     replica_theta: float | None = None,
+    attend_own: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "rows q_len heads dim"], Float[Array, "rows q_len heads dim"] | None]:
@@ -70,6 +71,8 @@ def replica_attention(
         current: keys and values of the very tokens that ask: of these a replica sees the other ones at its position.
         bias: added to the scores over other replicas, one number a head.
         replica_theta: turn the queries and keys between replicas by the replica's index, with RoPE of this base.
+        attend_own: what attends from query, key and value to own keys in place of :func:`heddle.attend` (dilated
+            attention, say), with their lse; ``mask`` then tells padding alone.
         scale, implementation: as of :func:`heddle.attend`.
 
     Returns:
@@ -83,7 +86,7 @@ def replica_attention(
         raise ValueError(f"replicas must be a positive divisor of query's {query.shape[0]} rows, got {replicas}")
     if prefix_scope not in ("own", "all"):
         raise ValueError(f"prefix_scope must be 'own' or 'all', got {prefix_scope!r}")
-    if prefix is None and current is None:
+    if prefix is None and current is None and attend_own is None:
         return attend(query, key, value, mask, scale=scale, implementation=implementation), None
     mask = Mask.full(query.shape[1], key.shape[1], like=query) if mask is None else mask.on(query)
     visible, parts = mask.counts() > 0, []
@@ -93,12 +96,16 @@ def replica_attention(
                 f"prefix must be keys and values of shape ({replicas}, {key.shape[2]}, n, {key.shape[3]}), "
                 f"got {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)}"
             )
-        if prefix_scope == "own" and query.shape[1] == key.shape[1]:
+        if prefix_scope == "own" and query.shape[1] == key.shape[1] and attend_own is None:
             key, value = (_behind(p, x) for p, x in zip(prefix, (key, value), strict=True))
             mask = _mask_behind(mask, prefix[0].shape[2])
         else:
             parts.append(_attend_prefix(query, *prefix, prefix_scope == "own", scale, implementation))
-    parts.insert(0, attend(query, key, value, mask, scale=scale, implementation=implementation, return_lse=True))
+    if attend_own is None:
+        own = attend(query, key, value, mask, scale=scale, implementation=implementation, return_lse=True)
+    else:
+        own = attend_own(query, key, value)
+    parts.insert(0, own)
     cross = None
     if current is not None:
         cross, lse = attend_replicas(

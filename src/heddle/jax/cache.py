@@ -1,60 +1,75 @@
-"""The KV cache: each sequence's keys and values so far, at its own length."""
+"""What a model remembers of the tokens before: what every cache can do, and the cache of plain attention."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from heddle.attention.arrays import Array, is_concrete, to_numpy
+from heddle.attention.attend import attend
 from heddle.attention.mask import Mask
 from heddle.attention.replicas import replicate, stack_replicas
 
 from .model_config import ModelConfig
 
+DTYPES = ("float32", "bfloat16", "float16")
+_STATIC: dict[str, Any] = {"metadata": {"static": True}}
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of every layer, and how many each sequence holds.
 
-    A tuple over layers rather than one array: XLA's CPU back end would copy a layer out of the array for each product.
+@dataclass(frozen=True, kw_only=True)
+class Cache(ABC):
+    """What a model asks of a cache, whichever way it keeps keys and values. A pytree whose arrays keep their shapes.
 
-    With more than one replica, rows are replica-major; a sequence's replicas share its length. Learned prefixes stay in
-    their layers.
+    A forward calls :meth:`step` once, then :meth:`attend` in each layer, then :meth:`advance` once, so that every layer
+    writes at the same place. Whoever makes another kind writes ``step`` and ``attend``, and registers a dataclass of
+    arrays. Each method returns the cache that comes after; its buffers may be donated.
+
+    Rows are sequences or, with more than one replica, all sequences' replicas, replica-major. A row counts its own
+    tokens from its own start.
 
     Args:
-        keys: of each layer ``(rows, kv_heads, max_len, head_dim)``, rotated.
-        values: as keys.
-        lengths: integers ``(batch,)``; what lies at or past a sequence's length is never seen.
-        starts: with more than one replica, integers ``(rows,)``: what lies before is never seen, so that replicas whose
-            prompts are shorter than another's begin later.
+        lengths: tokens of each sequence, ``(batch,)``.
+        starts: with more than one replica, ``(rows,)``: how many of them came before the row's first, so that replicas
+            whose prompts are shorter than another's begin later.
+        max_len: tokens of a sequence that there is room for.
+        layers: of the model.
     """
 
-    keys: tuple[Float[Array, "rows kv_heads max_len dim"], ...]
-    values: tuple[Float[Array, "rows kv_heads max_len dim"], ...]
     lengths: Int[Array, " batch"]
     starts: Int[Array, " rows"] | None = None
+    max_len: int = field(**_STATIC)
+    layers: int = field(**_STATIC)
 
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, max_len: int, dtype=jnp.float32) -> KVCache:
-        """Room for ``batch`` sequences of up to ``max_len`` tokens: ``memory(config, ...)`` bytes of zeros."""
-        for name, value in (("batch", batch), ("max_len", max_len)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        rows = config.parscale_n * batch
-        shape = (rows, config.kv_heads, max_len, config.dim)
-        layers = range(config.num_hidden_layers)
-        # One buffer each: they are donated, and a buffer can be donated once.
-        return cls(
-            tuple(jnp.zeros(shape, dtype) for _ in layers),
-            tuple(jnp.zeros(shape, dtype) for _ in layers),
-            jnp.zeros(batch, jnp.int32),
-            jnp.zeros(rows, jnp.int32) if rows > batch else None,
-        )
+    @abstractmethod
+    def step(self, real: Bool[Array, "batch seq"]) -> Any:
+        """What all layers of a forward over these tokens share: where they go, what they see. ``real``: no padding."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: int,
+        query: Float[Array, "rows seq heads dim"],
+        key: Float[Array, "rows seq kv_heads dim"],
+        value: Float[Array, "rows seq kv_heads dim"],
+        step: Any,
+    ) -> tuple[tuple[Float[Array, "rows seq heads dim"], Float[Array, "rows seq heads"]], Cache]:
+        """``(out, lse)`` of these tokens over those before and themselves, and the cache with them in this layer."""
+
+    @abstractmethod
+    def grow(self, max_len: int) -> Cache:
+        """The cache with room for more tokens."""
+
+    @abstractmethod
+    def truncate(self, lengths: Int[np.ndarray, " batch"]) -> Cache | None:
+        """The cache with the first so many tokens of each sequence; None if it has lost what those after them see."""
 
     @property
     def batch(self) -> int:
@@ -62,15 +77,31 @@ class KVCache:
 
     @property
     def replicas(self) -> int:
-        return self.keys[0].shape[0] // self.batch
+        return 1 if self.starts is None else self.starts.shape[0] // self.batch
 
     @property
-    def max_len(self) -> int:
-        return self.keys[0].shape[2]
+    def nbytes(self) -> int:
+        """Bytes of all arrays; also of a cache of shapes alone, as ``jax.eval_shape`` makes it."""
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def positions(self, seq: int) -> Int[Array, "batch seq"]:
         """Where the next ``seq`` tokens of each sequence stand."""
         return self.lengths[:, None] + jnp.arange(seq, dtype=jnp.int32)
+
+    @property
+    def held(self) -> Int[Array, " rows"]:
+        """How many tokens each row holds."""
+        if self.starts is None:
+            return self.lengths
+        return jnp.maximum(replicate(self.lengths, self.replicas) - self.starts, 0)
+
+    def places(self, real: Bool[Array, "batch seq"]) -> Int[Array, "rows seq"]:
+        """Each next token's place among its row's own; -1 for padding and before the row's start."""
+        place = self.positions(real.shape[1])
+        if self.starts is not None:
+            place = jnp.maximum(replicate(place, self.replicas) - self.starts[:, None], -1)
+            real = replicate(real, self.replicas)
+        return jnp.where(real, place, -1)
 
     def check(self, tokens: Int[Array, " batch"] | int) -> None:
         """Refuse to write so many more tokens of each sequence than there is room for.
@@ -88,40 +119,11 @@ class KVCache:
                 f"cache must have room for {int(after[row])} tokens of sequence {row}, got max_len {self.max_len}"
             )
 
-    def write(
-        self, layer: int, key: Float[Array, "rows seq kv_heads dim"], value: Float[Array, "rows seq kv_heads dim"],
-        slots: Int[Array, "rows seq"],
-    ) -> KVCache:  # fmt: skip
-        """The cache with these keys and values of one layer at ``slots``; a slot of ``max_len`` writes nothing.
-
-        Lengths stay: they advance once a forward (:meth:`advance`), so that every layer writes at the same place.
-        """
-        rows = jnp.arange(self.keys[layer].shape[0])[:, None]
-
-        def put(buffers, new):
-            written = buffers[layer].at[rows, :, slots].set(new.astype(buffers[layer].dtype), mode="drop")
-            return (*buffers[:layer], written, *buffers[layer + 1 :])
-
-        return replace(self, keys=put(self.keys, key), values=put(self.values, value))
-
-    def advance(self, tokens: Int[Array, " batch"]) -> KVCache:
+    def advance(self, tokens: Int[Array, " batch"]) -> Cache:
         """The cache with each sequence longer by ``tokens``."""
         return replace(self, lengths=self.lengths + tokens)
 
-    def slots(self, valid: Bool[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-        """Where the next tokens of each sequence are written; ``max_len``, so nowhere, for those not valid."""
-        return jnp.where(valid, self.positions(valid.shape[1]), self.max_len)
-
-    def mask(self, tokens: Int[Array, " batch"], seq: int) -> Mask:
-        """What the next ``seq`` queries of each row see once written, ``tokens`` of each sequence being real."""
-        mask = Mask.lengths(self.lengths + tokens, seq, offset=self.lengths)
-        if self.starts is None:
-            return mask
-        start, stop = self.starts[:, None], replicate(mask.stop, self.replicas)
-        stop = jnp.where(start < stop, stop, 0)
-        return Mask(jnp.minimum(start, stop), stop)
-
-    def begin(self, later: Int[Array, "batch replicas"]) -> KVCache:
+    def begin(self, later: Int[Array, "batch replicas"]) -> Cache:
         """The cache whose replicas begin so many tokens later than now, if they haven't begun."""
         if self.starts is None:
             raise ValueError("later must be of a cache with more than one replica, got one with one")
@@ -134,3 +136,185 @@ class KVCache:
         if self.starts is None or not is_concrete(self.starts) or not is_concrete(self.lengths):
             return np.zeros((self.batch, self.replicas), bool)
         return to_numpy(self.lengths)[:, None] > to_numpy(self.starts).reshape(self.replicas, self.batch).T
+
+
+def check_sizes(batch: int, max_len: int) -> None:
+    for name, value in (("batch", batch), ("max_len", max_len)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+class _Step(NamedTuple):
+    """Of the layers of one window: where tokens go, and what they see there."""
+
+    slots: Int[Array, "rows seq"]  #: one past the last writes nothing
+    mask: Mask  #: over the slots; with ``order``, over the slots in that order and then the new tokens
+    order: Int[Array, "rows slots"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class KVCache(Cache):
+    """Keys and values of every layer, one after another. Learned prefixes stay in their layers.
+
+    A layer that sees ``window`` keys only keeps a ring of so many. A tuple over layers rather than one array: XLA's CPU
+    back end would copy a layer out of the array for each product.
+
+    Args:
+        lengths, starts, max_len, layers: as of :class:`Cache`.
+        keys: of each layer ``(rows, kv_heads, slots, head_dim)``, rotated; slots are ``max_len``, or the window's.
+        values: as keys.
+        key_scales, value_scales: where those are int8, ``(rows, kv_heads, slots)`` of each layer: what they are times,
+            for each token and head its largest magnitude / 127.
+        windows: of each layer; None: it sees all.
+    """
+
+    keys: tuple[Num[Array, "rows kv_heads _ dim"], ...]
+    values: tuple[Num[Array, "rows kv_heads _ dim"], ...]
+    key_scales: tuple[Float[Array, "rows kv_heads _"], ...] | None = None
+    value_scales: tuple[Float[Array, "rows kv_heads _"], ...] | None = None
+    windows: tuple[int | None, ...] = field(**_STATIC)
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
+        """Room for ``batch`` sequences of up to ``max_len`` tokens.
+
+        Args:
+            dtype: what keys and values are kept in: float32, bfloat16, float16 or int8, a quarter of float32's memory
+                (and 4 bytes a token and head), from which keys and values come back within 0.4% of the head's largest.
+
+        Raises:
+            ValueError: a size below 1, another dtype.
+        """
+        check_sizes(batch, max_len)
+        dtype = jnp.dtype(dtype)
+        if dtype.name not in (*DTYPES, "int8"):
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or int8, got {dtype}")
+        rows, windows = config.parscale_n * batch, config.windows
+        sizes = [(rows, config.kv_heads, _slots(window, max_len), config.dim) for window in windows]
+        # One buffer each: they are donated, and a buffer can be donated once.
+        keys, values = (tuple(jnp.zeros(size, dtype) for size in sizes) for _ in range(2))
+        scales: list[Any] = [None, None]
+        if dtype == jnp.int8:
+            scales = [tuple(jnp.zeros(size[:3], jnp.float32) for size in sizes) for _ in range(2)]
+        return cls(
+            keys=keys, values=values, key_scales=scales[0], value_scales=scales[1], windows=windows, max_len=max_len,
+            layers=len(windows), lengths=jnp.zeros(batch, jnp.int32),
+            starts=jnp.zeros(rows, jnp.int32) if rows > batch else None,
+        )  # fmt: skip
+
+    def step(self, real: Bool[Array, "batch seq"]) -> tuple[_Step, ...]:
+        """See :meth:`Cache.step`."""
+        place = self.places(real)
+        steps = {window: self._step(window, place) for window in set(self.windows)}
+        return tuple(steps[window] for window in self.windows)
+
+    def _step(self, window: int | None, place: Int[Array, "rows seq"]) -> _Step:
+        slots, seq, real = _slots(window, self.max_len), place.shape[1], place >= 0
+        if slots == self.max_len:
+            start = 0 * place if window is None else jnp.maximum(place + 1 - window, 0)
+            return _Step(jnp.where(real, place, slots), Mask(start, place + 1), None)
+        if seq == 1:  # of a ring that holds the new token all that is written is seen, in whatever order
+            stop = jnp.minimum(place + 1, slots)
+            return _Step(jnp.where(real, place % slots, slots), Mask(0 * stop, stop), None)
+        held, index = self.held[:, None], jnp.arange(seq, dtype=jnp.int32)
+        after = jnp.maximum(held, jnp.max(place, axis=1, keepdims=True) + 1)
+        last = real & (place >= after - slots)
+        first = jnp.argmax(real, axis=1)[:, None].astype(jnp.int32)  # above 0 of rows that begin here alone
+        start = jnp.maximum(jnp.maximum(index + 1, slots - held + first), 0)
+        mask = Mask(jnp.where(real, start, 0), jnp.where(real, slots + index + 1, 0))
+        order = (held + jnp.arange(slots, dtype=jnp.int32)) % slots  # from the oldest on
+        return _Step(jnp.where(last, place % slots, slots), mask, order)
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Array, "rows seq heads dim"],
+        key: Float[Array, "rows seq kv_heads dim"],
+        value: Float[Array, "rows seq kv_heads dim"],
+        step: tuple[_Step, ...],
+    ) -> tuple[tuple[Float[Array, "rows seq heads dim"], Float[Array, "rows seq heads"]], KVCache]:
+        """See :meth:`Cache.attend`."""
+        slots, mask, order = step[layer]
+        key, value = (_stored(x, self.keys[layer].dtype) for x in (key, value))
+        cache = self._written(layer, key, value, slots)
+        if order is None:
+            keys, values = cache._read(layer)
+        else:  # the new tokens may push out of the ring what the first of them see
+            place = jnp.arange(order.shape[0])[:, None], slice(None), order  # (rows, slots, kv_heads, ...)
+            old = [tuple(None if x is None else x[place] for x in pair) for pair in self._of(layer)]
+            keys, values = (
+                tuple(None if x is None else jnp.concatenate([x, y], axis=1) for x, y in zip(*both, strict=True))
+                for both in zip(old, (key, value), strict=True)
+            )
+        keys, values = (_restored(*pair, query.dtype) for pair in (keys, values))
+        return attend(query, keys, values, mask, return_lse=True), cache
+
+    def _of(self, layer: int):
+        """The layer's keys and values, each with its scales or None."""
+        scales = (None, None) if self.key_scales is None else (self.key_scales[layer], self.value_scales[layer])  # type: ignore[index]
+        return (self.keys[layer], scales[0]), (self.values[layer], scales[1])
+
+    def _read(self, layer: int):
+        return [tuple(None if x is None else x.swapaxes(1, 2) for x in pair) for pair in self._of(layer)]
+
+    def _written(self, layer: int, key: tuple, value: tuple, slots: Int[Array, "rows seq"]) -> KVCache:
+        rows = jnp.arange(slots.shape[0])[:, None]
+
+        def put(buffers, new):
+            if buffers is None:
+                return None
+            written = buffers[layer].at[rows, :, slots].set(new, mode="drop")
+            return (*buffers[:layer], written, *buffers[layer + 1 :])
+
+        (keys, key_scales), (values, value_scales) = key, value
+        return replace(
+            self, keys=put(self.keys, keys), values=put(self.values, values),
+            key_scales=put(self.key_scales, key_scales), value_scales=put(self.value_scales, value_scales),
+        )  # fmt: skip
+
+    def grow(self, max_len: int) -> KVCache:
+        """See :meth:`Cache.grow`."""
+        if max_len < self.max_len:
+            raise ValueError(f"max_len must be at least the cache's {self.max_len}, got {max_len}")
+        return _grown(self, max_len)
+
+    def truncate(self, lengths: Int[np.ndarray, " batch"]) -> KVCache | None:
+        """See :meth:`Cache.truncate`. A ring that is full has lost all but what the next token sees."""
+        held = to_numpy(self.held)
+        fewer = np.tile(to_numpy(self.lengths) - lengths, self.replicas)
+        rings = {_slots(window, self.max_len) for window in self.windows} - {self.max_len}
+        if any(((held > slots) & (fewer > 1)).any() for slots in rings):
+            return None
+        return replace(self, lengths=jnp.asarray(lengths, jnp.int32))
+
+
+def _slots(window: int | None, max_len: int) -> int:
+    return max_len if window is None else min(window, max_len)
+
+
+def _stored(x: Float[Array, "*shape dim"], dtype: Any) -> tuple[Array, Array | None]:
+    """As it is kept: of int8, with the scales."""
+    if dtype != jnp.int8:
+        return x.astype(dtype), None
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    return jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale
+
+
+def _restored(x: Num[Array, "*shape dim"], scale: Float[Array, "*shape"] | None, dtype: Any) -> Array:
+    return x.astype(dtype) if scale is None else (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _grown(cache: KVCache, max_len: int) -> KVCache:
+    # A ring that is as long as the cache was has not gone round yet.
+    more = [_slots(window, max_len) - _slots(window, cache.max_len) for window in cache.windows]
+
+    def padded(buffers):
+        if buffers is None:
+            return None
+        return tuple(jnp.pad(x, [(0, 0), (0, 0), (0, n), (0, 0)][: x.ndim]) for x, n in zip(buffers, more, strict=True))
+
+    names = "keys", "values", "key_scales", "value_scales"
+    return replace(cache, max_len=max_len, **{name: padded(getattr(cache, name)) for name in names})

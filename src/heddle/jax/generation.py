@@ -17,7 +17,7 @@ from heddle.attention.arrays import Array
 from heddle.data.tokenizers import Tokenizer
 
 from .answer import Answer, Piece, TokenLogprobs, stop_strings
-from .cache import KVCache
+from .cache import Cache
 from .model import Transformer
 from .sampling import Greedy, Logprobs, Sampler, history, logprobs, needs_history, remember
 
@@ -137,21 +137,22 @@ class Past:
     def __init__(self, max_len: int = LEAST_ROOM):
         self.max_len = max_len
         self.tokens: list[int] = []
-        self.cache: KVCache | None = None
+        self.cache: Cache | None = None
 
-    def resume(self, model: Transformer, prompt: list[int], room: int) -> tuple[KVCache, int]:
+    def resume(self, model: Transformer, prompt: list[int], room: int) -> tuple[Cache, int]:
         """A cache with ``room`` tokens of room, and how many of the prompt's tokens it holds already."""
         cache, self.cache = self.cache, None  # until it comes back, since a step gives its buffers away
         self.max_len = _room(max(room, self.max_len), model)
         if cache is None:
-            return KVCache.empty(model.config, 1, self.max_len, model.dtype), 0
+            return model.empty_cache(1, self.max_len), 0
         held = self.tokens[: int(cache.lengths[0])]
         shared = next((i for i, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b), None)
         # The last token is read again in any case: its hidden state isn't kept.
         shared = min(len(held), len(prompt) - 1) if shared is None else shared
-        if cache.max_len < self.max_len:
-            cache = _grow(cache, self.max_len)
-        return replace(cache, lengths=jnp.full(1, shared, jnp.int32)), shared
+        cache = cache.truncate(np.array([shared], np.int32))
+        if cache is None:  # what the rest of the prompt sees is lost: read it all again
+            return model.empty_cache(1, self.max_len), 0
+        return (cache.grow(self.max_len) if cache.max_len < self.max_len else cache), shared
 
 
 @jax.tree_util.register_dataclass
@@ -159,7 +160,7 @@ class Past:
 class _State:
     """What the compiled loop carries."""
 
-    cache: KVCache
+    cache: Cache
     token: Int[Array, " batch"]  # the last one chosen, which the cache doesn't hold yet
     count: Int[Array, " batch"]  # how many were chosen
     limit: Int[Array, " batch"]
@@ -190,8 +191,7 @@ class Generation:
         config = model.config
         self.prompts = _encode(model, tokenizer, prompts)
         self.stop = stop_strings(stop)
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ValueError(f"max_tokens must be an integer of at least 1, got {max_tokens!r}")
+        check_max_tokens(max_tokens)
         check_logprobs(logprobs, config.vocab_size)
         seeds = _seeds(seed, len(self.prompts))
         ends = (*tokenizer.stop_ids, *config.eos_ids) if stop_ids is None else tuple(stop_ids)
@@ -211,7 +211,7 @@ class Generation:
         if past is not None:
             cache, held = past.resume(model, self.prompts[0].tolist(), room)
         else:
-            cache, held = KVCache.empty(config, len(self.prompts), _room(room, model), model.dtype), 0
+            cache, held = model.empty_cache(len(self.prompts), _room(room, model)), 0
 
         said = None
         if needs_history(self.sampler):
@@ -234,7 +234,7 @@ class Generation:
         arguments = self._leaves, self._state, self.sampler, self._stop_ids, steps, self._logprobs
         self._take(_decode(self._structure, *arguments), steps)
 
-    def _read(self, model: Transformer, cache: KVCache, held: int) -> tuple[Array, KVCache]:
+    def _read(self, model: Transformer, cache: Cache, held: int) -> tuple[Array, Cache]:
         """Fill the cache with the prompts past the ``held`` first tokens; each one's last hidden state."""
         lengths = [prompt.shape[-1] - held for prompt in self.prompts]
         apart = any(prompt.ndim == 2 for prompt in self.prompts)
@@ -275,7 +275,7 @@ class Generation:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(structure: Any, leaves: list, cache: KVCache, last_bd: Array, tokens: Array):
+def _prefill(structure: Any, leaves: list, cache: Cache, last_bd: Array, tokens: Array):
     """Read tokens ``(batch, seq)``, or ``(batch, replicas, seq)``, into the cache."""
     model: Transformer = jax.tree.unflatten(structure, leaves)
     real = tokens != PADDING
@@ -358,13 +358,6 @@ def _choose(
     return replace(state, token=token, count=count, done=done, history=said), told
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _grow(cache: KVCache, max_len: int) -> KVCache:
-    more = [(0, 0), (0, 0), (0, max_len - cache.max_len), (0, 0)]
-    keys, values = (tuple(jnp.pad(a, more) for a in arrays) for arrays in (cache.keys, cache.values))
-    return replace(cache, keys=keys, values=values)
-
-
 # ---------------------------------------------------------------------- arguments and sizes
 
 
@@ -381,17 +374,22 @@ def _encode(model: Transformer, tokenizer: Tokenizer, prompts: Any) -> list[np.n
     for index, prompt in enumerate(prompts):
         name = f"prompts[{index}]"
         if isinstance(prompt, str) or not len(prompt) or not isinstance(prompt[0], (str, Sequence, np.ndarray)):
-            encoded.append(_encode_one(model, tokenizer, name, prompt))
+            encoded.append(encode_prompt(model, tokenizer, name, prompt))
             continue
         if replicas == 1 or len(prompt) != replicas:
             raise ValueError(f"{name} must be text, ids or one of them for each replica ({replicas}), got {prompt!r}")
-        each = [_encode_one(model, tokenizer, f"{name}[{r}]", prompt[r]) for r in range(replicas)]
+        each = [encode_prompt(model, tokenizer, f"{name}[{r}]", prompt[r]) for r in range(replicas)]
         longest = max(map(len, each))
         encoded.append(np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=PADDING) for ids in each]))
     return encoded
 
 
-def _encode_one(model: Transformer, tokenizer: Tokenizer, name: str, prompt: Any) -> np.ndarray:
+def encode_prompt(model: Transformer, tokenizer: Tokenizer, name: str, prompt: Any) -> np.ndarray:
+    """One prompt's ids.
+
+    Raises:
+        ValueError: it is empty, fills the model's context, or holds what isn't an id. It is called ``name``.
+    """
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
     context, vocab_size = model.config.max_position_embeddings, model.config.vocab_size
     if not ids:
@@ -403,13 +401,22 @@ def _encode_one(model: Transformer, tokenizer: Tokenizer, name: str, prompt: Any
     return np.asarray(ids, np.int32)
 
 
-def check_logprobs(n: int | None, vocab_size: int) -> None:
+def check_max_tokens(max_tokens: Any) -> None:
     """
     Raises:
-        ValueError: not a number of tokens that there are.
+        ValueError: not a number of tokens.
     """
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= vocab_size):
-        raise ValueError(f"logprobs must be None or an integer in [0, {vocab_size}], got {n!r}")
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens must be an integer of at least 1, got {max_tokens!r}")
+
+
+def check_logprobs(n: int | None, most: int) -> None:
+    """
+    Raises:
+        ValueError: not a number of tokens up to ``most``.
+    """
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= most):
+        raise ValueError(f"logprobs must be None or an integer in [0, {most}], got {n!r}")
 
 
 def token_logprobs(told: Logprobs, at: Any) -> TokenLogprobs:

@@ -20,7 +20,7 @@ from heddle.attention.arrays import Array, is_concrete, to_numpy
 from heddle.attention.replicas import replicate, stack_replicas
 from heddle.attention.rope import rotate
 
-from .cache import KVCache
+from .cache import Cache, KVCache
 from .layers import Linear, RMSNorm
 from .model_config import ModelConfig
 from .parscale import Aggregate, CrossAttention, Replicas
@@ -38,7 +38,7 @@ class Step(NamedTuple):
     """What every layer of one forward shares."""
 
     rotary: tuple[Array, Array]  #: cos and sin of the tokens' positions
-    slots: Array | None  #: where tokens go in the cache
+    cached: Any  #: with a cache, what it says of these tokens
     added: Array | None  #: how many tokens the cache will hold more of each sequence
 
 
@@ -66,16 +66,16 @@ class Attention(nnx.Module):
             q_btqh, k_btkh = self.q_norm(q_btqh), self.k_norm(k_btkh)
         return rotate(q_btqh, *step.rotary), rotate(k_btkh, *step.rotary), v_btkh
 
-    def __call__(self, x_btd, mask: Mask, step: Step, cache: KVCache | None, layer: int):
+    def __call__(self, x_btd, mask: Mask, step: Step, cache: Cache | None, layer: int):
         q_btqh, k_btkh, v_btkh = self.heads(x_btd, step)
-        current = k_btkh, v_btkh
+        own = across_btd = None
         if cache is not None:
-            cache = cache.write(layer, k_btkh, v_btkh, step.slots)
-            k_btkh, v_btkh = (a[layer].swapaxes(1, 2).astype(q_btqh.dtype) for a in (cache.keys, cache.values))
-        if self.replicas is None:
-            out_btqh, across_btd = attend(q_btqh, k_btkh, v_btkh, mask), None
+            own, cache = cache.attend(layer, q_btqh, k_btkh, v_btkh, step.cached)
+        if self.replicas is not None:
+            attend_own = None if own is None else lambda *_: own
+            out_btqh, across_btd = self.replicas(q_btqh, k_btkh, v_btkh, mask, attend_own)
         else:
-            out_btqh, across_btd = self.replicas(q_btqh, k_btkh, v_btkh, mask, current)
+            out_btqh = attend(q_btqh, k_btkh, v_btkh, mask) if own is None else own[0]
         out_btd = self.o(out_btqh.reshape(*x_btd.shape[:2], -1))
         return out_btd if across_btd is None else out_btd + across_btd, cache
 
@@ -111,7 +111,7 @@ class Block(nnx.Module):
             return x_btd
         return x_btd + self.cross(self.cross_norm(x_btd), mask.start < mask.stop)
 
-    def __call__(self, x_btd, mask: Mask, step: Step, cache: KVCache | None, layer: int):
+    def __call__(self, x_btd, mask: Mask, step: Step, cache: Cache | None, layer: int):
         x_btd = self.look_across(x_btd, mask)
         attended_btd, cache = self.attention(self.attention_norm(x_btd), mask, step, cache, layer)
         x_btd = x_btd + attended_btd
@@ -183,7 +183,7 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"],
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ):
         """Logits of the next token after each token, ``(batch, seq, vocab)``; with a cache ``(logits, cache)``.
 
@@ -211,7 +211,7 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"],
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Any:
         """As the call, but the final hidden states ``(batch, seq, hidden)``: ``model.head`` makes logits of them."""
         x_btd, masks, step, cache = self.prepare(tokens, positions, segment_ids, cache)
@@ -230,14 +230,14 @@ class Transformer(nnx.Module):
         tokens: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"],
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Array, dict[int | None, Mask], Step, KVCache | None]:
+        cache: Cache | None = None,
+    ) -> tuple[Array, dict[int | None, Mask], Step, Cache | None]:
         """What the layers take: the embeddings of all rows, the mask of each window, the rest, the cache.
 
         Arguments as of the call, checked here.
         """
         self._check(tokens, positions, segment_ids, cache)
-        seq, added, slots, offset = tokens.shape[-1], None, None, 0
+        seq, added, cached = tokens.shape[-1], None, None
         index = jnp.arange(seq, dtype=jnp.int32)
         apart = segment_ids is not None and segment_ids.ndim == 3
         if cache is not None:
@@ -247,8 +247,9 @@ class Transformer(nnx.Module):
                 cache = cache.begin((real[:, None] & ~each).sum(axis=2, dtype=jnp.int32))
             added = real.sum(axis=1, dtype=jnp.int32)
             cache.check(added)
-            mask, slots, default = cache.mask(added, seq), self._rows(cache.slots(real)), cache.positions(seq)
-            default, offset = jnp.where(real, default, 0), self._rows(cache.lengths)
+            stop = (cache.places(real) >= 0).astype(jnp.int32)
+            mask, cached = Mask(0 * stop, stop), cache.step(real)  # a cache says itself what is seen
+            default = jnp.where(real, cache.positions(seq), 0)
         elif segment_ids is None:
             mask = Mask.causal(seq, seq, like=tokens)
             default = jnp.broadcast_to(index, (tokens.shape[0], seq))
@@ -261,13 +262,23 @@ class Transformer(nnx.Module):
             mask = Mask(self._rows(mask.start), self._rows(mask.stop))
 
         masks: dict[int | None, Mask] = {
-            size: mask if size is None else mask & Mask.window(seq, size, offset=offset, like=tokens)
+            size: mask if size is None or cache is not None else mask & Mask.window(seq, size, like=tokens)
             for size in set(self.config.windows)
         }
         cos, sin = self.config.rotary.tables(default if positions is None else positions)
         x_btd = self._embed(tokens)
         x_btd = self._rows(x_btd) if tokens.ndim == 2 else stack_replicas(x_btd)
-        return x_btd, masks, Step((self._rows(cos), self._rows(sin)), slots, added), cache
+        return x_btd, masks, Step((self._rows(cos), self._rows(sin)), cached, added), cache
+
+    def empty_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
+        """An empty cache of the kind that this model decodes with.
+
+        Args:
+            batch: how many sequences.
+            max_len: tokens of each, at most.
+            dtype: what keys and values are kept in; None: the model's. See :meth:`KVCache.empty`.
+        """
+        return KVCache.empty(self.config, batch, max_len, self.dtype if dtype is None else dtype)
 
     def _rows(self, x):
         """What all replicas share, a row for each."""
@@ -297,17 +308,17 @@ class Transformer(nnx.Module):
                 raise ValueError(f"{name} must have tokens' shape {shapes[0]}, got {array.shape}")
         if cache is None:
             return
-        if cache.batch != tokens.shape[0] or len(cache.keys) != len(self.layers):
+        if cache.batch != tokens.shape[0] or cache.layers != len(self.layers):
             raise ValueError(
                 f"cache must be of {len(self.layers)} layers and batch size {tokens.shape[0]}, "
-                f"got {len(cache.keys)} and {cache.batch}"
+                f"got {cache.layers} and {cache.batch}"
             )
         if cache.replicas != replicas:
             raise ValueError(f"cache must be of {replicas} replicas, got {cache.replicas}")
         if segment_ids is not None and is_concrete(segment_ids):
             self._check_padding(to_numpy(segment_ids) == PADDING_SEGMENT_ID, cache)
 
-    def _check_padding(self, padding, cache: KVCache) -> None:
+    def _check_padding(self, padding, cache: Cache) -> None:
         """A cache's rows hold one stretch of tokens, which ends where the sequence ends."""
         whole = padding.all(axis=1) if padding.ndim == 3 else padding
         if (whole[:, :-1] & ~whole[:, 1:]).any():

@@ -6,6 +6,7 @@ that a model with pretrained weights computes nearly what it did (arXiv 2505.104
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -51,21 +52,24 @@ class Replicas(nnx.Module):
     def __call__(
         self,
         query: Float[Array, "rows seq heads dim"],
-        keys: Float[Array, "rows kv_len kv_heads dim"],
-        values: Float[Array, "rows kv_len kv_heads dim"],
+        key: Float[Array, "rows seq kv_heads dim"],
+        value: Float[Array, "rows seq kv_heads dim"],
         mask: Mask,
-        current: tuple[Float[Array, "rows seq kv_heads dim"], Float[Array, "rows seq kv_heads dim"]],
+        attend_own: Callable[[Array, Array, Array], tuple[Array, Array]] | None = None,
     ) -> tuple[Float[Array, "rows seq heads dim"], Float[Array, "rows seq hidden"] | None]:
-        """Attention over own keys, prefix and other replicas; and what the others add after the output projection."""
+        """Attention over own keys, prefix and other replicas; and what the others add after the output projection.
+
+        ``attend_own`` as of :func:`heddle.attention.replicas.replica_attention`.
+        """
         config, prefix = self.config, None
         if self.prefix_k is not None and self.prefix_v is not None:
             prefix = self.prefix_k.astype(query.dtype), self.prefix_v.astype(query.dtype)
         out, cross = replica_attention(
-            query, keys, values, mask, replicas=config.parscale_n,
+            query, key, value, mask, replicas=config.parscale_n,
             prefix=prefix, prefix_scope=config.parscale_prefix_scope,
-            current=None if self.cross_proj is None else current,
+            current=None if self.cross_proj is None else (key, value),
             bias=None if self.cross_bias is None else self.cross_bias[...],
-            replica_theta=_replica_theta(config),
+            replica_theta=_replica_theta(config), attend_own=attend_own,
         )  # fmt: skip
         if cross is None or self.cross_proj is None:
             return out, None
