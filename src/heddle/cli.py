@@ -187,6 +187,23 @@ def sweep_run(
     raise typer.Exit(sweep.run_local(sweep.load(name, overrides or []), as_json=json))
 
 
+@sweep.command("compare")
+def sweep_compare(
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER", help="Of sweeps over replicas that are done.")],
+    out: str = typer.Option("runs/compare", help="A folder for the page, its picture and the figures."),
+    law: str = typer.Option("stack", help="Whose exponent the law of ParScale is fitted with: stack or pile."),
+    floor: float = typer.Option(0.0, help="The law's E: the loss that no model gets below, in nats a token."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+) -> None:
+    """Draw sweeps over replicas beside each other, with the law of ParScale fitted to each.
+
+    Example: heddle sweep compare runs/none runs/joint runs/sublayer
+    """
+    from heddle.sweep_compare import compare
+
+    print(compare(folders, out, law=law, floor=floor, as_json=json))
+
+
 @app.command("plot")
 def plot_runs(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs.")],

@@ -208,11 +208,8 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
         alike.setdefault(json.dumps(values), []).append(result)
     means = []
     for key, group in alike.items():
-        losses = [result.loss for result in group]
-        n, mean = len(losses), sum(losses) / len(losses)
-        spread = math.sqrt(sum((x - mean) ** 2 for x in losses) / (n - 1)) if n > 1 else None
-        error = None if spread is None else spread / math.sqrt(n)
-        means.append({"values": json.loads(key), "seeds": n, "loss": mean, "standard_error": error})
+        mean, error = mean_and_error([result.loss for result in group])
+        means.append({"values": json.loads(key), "seeds": len(group), "loss": mean, "standard_error": error})
     return means
 
 
@@ -259,6 +256,14 @@ def create(sweep: Sweep, project: str = "heddle") -> str:
 
 
 # ---------------------------------------------------------------------- pieces
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and its standard error (None: of one value)."""
+    n, mean = len(values), sum(values) / len(values)
+    if n == 1:
+        return mean, None
+    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
 
 
 def _folder() -> Path:

@@ -9,7 +9,6 @@ parameters. That model is built and measured too, of more layers of the same sha
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -20,27 +19,13 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from heddle.scaling_law import LAWS, growth, loss
+
 from .decode import _prompts as text_prompts
 from .tables import show
 from .timing import interleave, machine
 
-#: By corpus, the constants of the law (arXiv 2505.10475, table 1); A and α cancel where losses are equal.
-LAWS = {
-    "stack": {"E": 0.6912, "A": 1.131e7, "k": 0.3935, "alpha": 0.1894},
-    "pile": {"E": 1.2888, "A": 1.974e8, "k": 0.3345, "alpha": 0.1963},
-}
 CROSS_ATTN = ("none", "joint", "sublayer")
-
-
-def loss(parameters: int | float, replicas: int, law: str) -> float:
-    """What the law says of a model of so many parameters in its layers, run as so many replicas."""
-    c = LAWS[law]
-    return (c["A"] / (parameters * (c["k"] * math.log(replicas) + 1))) ** c["alpha"] + c["E"]
-
-
-def growth(replicas: int, law: str) -> float:
-    """How many times the parameters reach the loss of so many replicas."""
-    return LAWS[law]["k"] * math.log(replicas) + 1
 
 
 def run(

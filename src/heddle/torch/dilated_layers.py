@@ -1,7 +1,8 @@
-"""LongNet's transformer layers: pre-LN with MAGNETO's inner norms (arXiv 2210.06423), their attention dilated."""
+"""LongNet's transformer layers, pre-LN with MAGNETO's inner norms (arXiv 2210.06423), and encoder-decoder of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,15 +13,24 @@ from torch import Tensor, nn
 
 from .dilated import ImprovedMultiheadDilatedAttention, MultiheadDilatedAttention, magneto
 
+Activation = Callable[[Tensor], Tensor] | str  #: a function, "relu" or "gelu"
+ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+
 
 class FeedForward(nn.Module):
     """MAGNETO's: a norm before each of the two projections."""
 
     def __init__(
-        self, d_model: int, dim_feedforward: int, dropout: float, activation: Callable[[Tensor], Tensor], eps: float,
+        self, d_model: int, dim_feedforward: int, dropout: float, activation: Activation, eps: float,
         gamma_init: float, made: dict[str, Any],
     ):  # fmt: skip
         super().__init__()
+        if isinstance(activation, str):
+            if activation not in ACTIVATIONS:
+                raise ValueError(
+                    f"activation must be a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+                )
+            activation = ACTIVATIONS[activation]
         self.activation, self.dropout = activation, nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(d_model, eps, **made), nn.LayerNorm(dim_feedforward, eps, **made)
         self.linear1, self.linear2 = (
@@ -54,7 +64,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
         dilation_rates: Sequence[int],
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
-        activation: Callable[[Tensor], Tensor] = F.relu,
+        activation: Activation = F.relu,
         layer_norm_eps: float = 1e-5,
         gamma_init: float = 1.0,
         device: Any = None,
@@ -103,7 +113,7 @@ class DilatedTransformerDecoderLayer(nn.Module):
         dilation_rates: Sequence[int],
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
-        activation: Callable[[Tensor], Tensor] = F.relu,
+        activation: Activation = F.relu,
         layer_norm_eps: float = 1e-5,
         gamma_init: float = 1.0,
         device: Any = None,
@@ -137,3 +147,72 @@ class DilatedTransformerDecoderLayer(nn.Module):
         found = self.cross_attn(asked, memory, memory, is_causal=memory_is_causal)[0][:, :length]
         x = x + self.dropout(F.pad(found, (0, 0, 0, length - found.shape[1])))
         return x + self.feed_forward(x)
+
+
+class LongNet(nn.Module):
+    """LongNet's encoder and decoder (arXiv 2307.02486; sizes as in its section 4), with MAGNETO's initialization.
+
+    The gain of ``N`` encoder layers is ``sqrt(ln(3M) ln(2N) / 3)``, that of ``M`` decoder layers ``sqrt(ln 3M)``
+    (arXiv 2210.06423, figure 2).
+
+    Args:
+        d_model, nhead, num_encoder_layers, num_decoder_layers, dim_feedforward, dropout, activation, layer_norm_eps,
+        device, dtype: as of ``nn.Transformer``.
+        segment_lengths, dilation_rates: of the patterns.
+
+    Raises:
+        ValueError: a number of layers below 1; others as of the layers.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 768,
+        nhead: int = 12,
+        num_encoder_layers: int = 12,
+        num_decoder_layers: int = 12,
+        dim_feedforward: int = 3072,
+        segment_lengths: Sequence[int] = (2048, 4096, 8192, 16384, 32768),
+        dilation_rates: Sequence[int] = (1, 2, 4, 6, 12),
+        dropout: float = 0.0,
+        activation: Activation = F.relu,
+        layer_norm_eps: float = 1e-5,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        for name, layers in (("num_encoder_layers", num_encoder_layers), ("num_decoder_layers", num_decoder_layers)):
+            if layers < 1:
+                raise ValueError(f"{name} must be at least 1, got {layers}")
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        decoder = math.sqrt(math.log(3 * num_decoder_layers))
+        gains = decoder * math.sqrt(math.log(2 * num_encoder_layers) / 3), decoder
+        sizes = d_model, nhead, segment_lengths, dilation_rates, dim_feedforward, dropout, activation, layer_norm_eps
+        self.encoder = nn.ModuleList(
+            DilatedTransformerEncoderLayer(*sizes, gains[0], **made) for _ in range(num_encoder_layers)
+        )
+        self.decoder = nn.ModuleList(
+            DilatedTransformerDecoderLayer(*sizes, gains[1], **made) for _ in range(num_decoder_layers)
+        )
+        self.encoder_norm, self.decoder_norm = (nn.LayerNorm(d_model, layer_norm_eps, **made) for _ in range(2))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch seq d_model"],
+        is_causal: bool = True,
+        *,
+        tgt: Float[Tensor, "batch tgt_seq d_model"] | None = None,
+    ) -> Float[Tensor, "batch out_seq d_model"]:
+        """What the decoder makes of ``tgt``, which sees the encoded ``x`` by position.
+
+        Args:
+            x: for the encoder.
+            is_causal: whether tokens see only those at or before them, in encoder, decoder and between the two.
+            tgt: for the decoder; None: ``x`` as well.
+        """
+        memory, out = x, x if tgt is None else tgt
+        for layer in self.encoder:
+            memory = layer(memory, is_causal)
+        memory = self.encoder_norm(memory)
+        for layer in self.decoder:
+            out = layer(out, memory, is_causal, is_causal)
+        return self.decoder_norm(out)

@@ -3,6 +3,9 @@
 For every model whose attention goes through transformers' interface and sees an interval of keys. The mask is made once
 a forward pass and travels to the layers as integers ``(batch, 3, q_len, 1)``: start, stop, and each query's own place
 among the keys. A tensor of four dimensions is what transformers hands on untouched, to compiled models too.
+
+A configuration with ``attention = {"kind": "dilated", "segment_lengths": [...], "dilation_rates": [...]}`` gets
+LongNet's dilated attention instead, of the same documents and over any cache that keeps all keys.
 """
 
 from __future__ import annotations
@@ -17,7 +20,11 @@ import torch
 from torch import Tensor
 
 from heddle.attention.attend import attend
-from heddle.attention.mask import Mask
+from heddle.attention.dilated import Pattern, check_patterns, dilated_attention
+from heddle.attention.dilated_continue import dilated_continue
+from heddle.attention.mask import PADDING_SEGMENT_ID, Mask
+
+from .dilated import ImprovedDilatedAttention
 
 NAME = "heddle"
 #: ``attn_implementation`` of our own models, to :func:`heddle.attend`'s; None: the first that serves.
@@ -111,15 +118,23 @@ def attention(
     refused = [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if kwargs.get(name) is not None]
     if dropout or refused:
         raise NotImplementedError(f"attn_implementation='heddle' computes no {', '.join(refused) or 'dropout'}")
+    patterns = dilation(getattr(module, "config", None))
     if attention_mask is None:
         causal = kwargs.get("is_causal")
-        causal = query.shape[2] > 1 and (getattr(module, "is_causal", True) if causal is None else causal)
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if patterns is not None and not causal:
+            raise NotImplementedError("attn_implementation='heddle' computes dilated attention of causal models alone")
+        causal = causal and query.shape[2] > 1
         mask = Mask.causal(query.shape[2], key.shape[2], like=query) if causal else None
     else:
         mask = as_mask(attention_mask, kwargs.get("position_ids"), kwargs.get("segment_ids"), key.shape[2])
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
-    out = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, scale=scaling)
-    return out, None
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if patterns is None:
+        return attend(query, key, value, mask, scale=scaling), None
+    if kwargs.get("sliding_window") is not None:
+        raise NotImplementedError("attn_implementation='heddle' computes no dilated attention within sliding windows")
+    return dilated(query, key, value, patterns, attention_mask, mask, scale=scaling)[0], None
 
 
 def as_mask(bounds: Tensor, positions: Tensor | None, segments: Tensor | None, kv_len: int) -> Mask:
@@ -143,6 +158,90 @@ def as_mask(bounds: Tensor, positions: Tensor | None, segments: Tensor | None, k
     if not torch.compiler.is_compiling():
         bounds._heddle_mask = mask  # type: ignore[attr-defined]
     return mask
+
+
+# ---------------------------------------------------------------- dilated attention, where the configuration says so
+
+
+def dilation(config: Any) -> tuple[Pattern, ...] | None:
+    """The patterns of ``config.attention``; None: plain attention.
+
+    Raises:
+        ValueError: a kind, field or pattern that there isn't.
+    """
+    option = getattr(config, "attention", None)
+    if option is None:
+        return None
+    fields = {"dense": {"kind"}, "dilated": {"kind", "segment_lengths", "dilation_rates"}}
+    kind = option.get("kind") if isinstance(option, dict) else None
+    if kind not in fields or set(option) != fields[kind]:
+        raise ValueError(
+            "attention must be {'kind': 'dense'} or {'kind': 'dilated', 'segment_lengths': [...], "
+            f"'dilation_rates': [...]}}, got {option!r}"
+        )
+    return None if kind == "dense" else check_patterns(option["segment_lengths"], option["dilation_rates"])
+
+
+def dilated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    patterns: tuple[Pattern, ...],
+    bounds: Tensor | None,
+    mask: Mask | None,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse)`` of causal dilated attention, ``(batch, seq, heads, head_dim)``, of the documents that masks tell.
+
+    Args:
+        query, key, value: of the new tokens, and of all.
+        patterns: w and r of each pattern.
+        bounds, mask: as :func:`make_mask` and :func:`as_mask` give them; None: a row is one document.
+        scale, implementation: as of :func:`heddle.attend`.
+        return_lse: whether the lse is needed; without it training keeps less.
+    """
+    lists: Any = tuple(zip(*patterns, strict=True))
+    place: Any = None if bounds is None else bounds[:, 2, :, 0]
+    options: Any = {"scale": scale, "implementation": implementation}
+    if query.shape[1] == key.shape[1]:
+        documents = None if bounds is None or mask is None else _documents(bounds, mask, place)
+        if not return_lse:
+            module = ImprovedDilatedAttention(*lists, softmax_scale=scale, op=implementation)
+            return module(query, key, value, True, segment_ids=documents), None
+        return dilated_attention(
+            query, key, value, *lists, is_causal=True, segment_ids=documents, return_lse=True, **options
+        )
+    if place is None or mask is None:
+        place = torch.arange(key.shape[1] - query.shape[1], key.shape[1], device=query.device)
+        place = place.expand(query.shape[0], -1)
+        real, start = place >= 0, torch.zeros_like(place)
+    else:
+        start, real = mask.start.expand_as(place), _real(mask, place)
+    begin = torch.where(real, start, key.shape[1]).amin(1)
+    if not torch.compiler.is_compiling() and bool((real & (start != begin[:, None])).any()):
+        raise ValueError("position_ids must be of one document a row where there is a cache, got several")
+    positions = torch.where(real, place - start, -1)
+    return dilated_continue(
+        query, key, value, *lists, positions=positions, begin=begin, return_lse=True, **options
+    )  # fmt: skip
+
+
+def _documents(bounds: Tensor, mask: Mask, place: Tensor) -> Tensor | None:
+    """Numbers of the documents that a mask tells, -1 for padding; None for one document a row and no padding."""
+    if torch.compiler.is_compiling():
+        return torch.where(_real(mask, place), mask.start.expand_as(place), PADDING_SEGMENT_ID)
+    if not hasattr(bounds, "_heddle_documents"):
+        ids = torch.where(_real(mask, place), mask.start.expand_as(place), PADDING_SEGMENT_ID)
+        bounds._heddle_documents = ids if bool(ids.any()) else None  # type: ignore[attr-defined]
+    return bounds._heddle_documents  # type: ignore[attr-defined]
+
+
+def _real(mask: Mask, place: Tensor) -> Tensor:
+    """Which tokens see themselves: all but padding, on either side."""
+    return (mask.start <= place) & (place < mask.stop)
 
 
 # ---------------------------------------------------------------- registration

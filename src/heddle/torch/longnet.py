@@ -25,7 +25,8 @@ from heddle.attention.rope import rotate
 from heddle.attention.xpos import Tables, position_tables
 
 from .dilated import ImprovedMultiheadDilatedAttention
-from .dilated_layers import DilatedTransformerEncoderLayer, FeedForward
+from .dilated_layers import DilatedTransformerEncoderLayer
+from .dilated_layers import LongNet as LongNet
 from .huggingface import IMPLEMENTATIONS
 from .longnet_cache import LongNetCache
 from .longnet_config import LongNetConfig as LongNetConfig
@@ -61,12 +62,17 @@ class LongNetLayer(GradientCheckpointingLayer, DilatedTransformerEncoderLayer):
     attention_type = LongNetAttention
 
     def __init__(self, config: LongNetConfig, index: int):
+        gain = math.sqrt(math.log(2 * config.num_hidden_layers))  # of a decoder-only model
         super().__init__(
             config.hidden_size, config.num_attention_heads, config.segment_lengths, config.dilation_rates,
-            config.intermediate_size, config.dropout, ACT2FN[config.hidden_act], config.layer_norm_eps,
-            decoder_gain(config.num_hidden_layers),
+            config.intermediate_size, config.dropout, ACT2FN[config.hidden_act], config.layer_norm_eps, gain,
         )  # fmt: skip
         self.index = index
+        attention, ffn = self.self_attn, self.feed_forward
+        for linear in (attention.q_proj, attention.k_proj):  # transformers initializes each module by itself
+            linear.gain = 1.0  # type: ignore[assignment]
+        for linear in (attention.v_proj, attention.out_proj, ffn.linear1, ffn.linear2):
+            linear.gain = gain  # type: ignore[assignment]
         self.self_attn.attention.op = IMPLEMENTATIONS[str(config._attn_implementation)]
 
     def forward(  # type: ignore[override]
@@ -74,11 +80,6 @@ class LongNetLayer(GradientCheckpointingLayer, DilatedTransformerEncoderLayer):
     ) -> Tensor:
         x = x + self.dropout(self.self_attn(self.norm(x), sequences, self.index, past_key_values))
         return x + self.feed_forward(x)
-
-
-def decoder_gain(layers: int) -> float:
-    """MAGNETO's gain of a decoder-only model, ``sqrt(ln 2M)`` (arXiv 2210.06423, figure 2)."""
-    return math.sqrt(math.log(2 * layers))
 
 
 class LongNetPreTrainedModel(PreTrainedModel):
@@ -102,22 +103,14 @@ class LongNetPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         size = self.config.hidden_size
-        if isinstance(module, LongNetAttention):
-            gains = {module.q_proj: 1.0, module.k_proj: 1.0, module.v_proj: None, module.out_proj: None}
-        elif isinstance(module, FeedForward):
-            gains = {module.linear1: None, module.linear2: None}
-        else:
-            gains = {}
-        for linear, gain in gains.items():
-            init.xavier_normal_(linear.weight, decoder_gain(self.config.num_hidden_layers) if gain is None else gain)
-            init.zeros_(linear.bias)
         if isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, nn.Linear) and hasattr(module, "gain"):
+            init.xavier_normal_(module.weight, module.gain)  # type: ignore[arg-type]
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, 0.0, size**-0.5)
-        elif isinstance(module, LongNetLM):
-            init.normal_(module.lm_head.weight, 0.0, size**-0.5)
 
 
 class LongNetModel(LongNetPreTrainedModel):
@@ -220,7 +213,7 @@ class LongNetModel(LongNetPreTrainedModel):
                 x, back, lengths = x[rows, order], (rows, order.argsort(1)), real.sum(1)
             positions = places if cache is None else places + cache.lengths(x)[:, None]
         tables = position_tables(
-            config.position, positions, config.head_dim, config.segment_lengths,
+            config.position, positions.expand(x.shape[:2]), config.head_dim, config.segment_lengths,
             theta=config.rope_theta, scale_base=config.xpos_scale_base,
         )  # fmt: skip
         return x, Sequences(tables, lengths, segment_ids), back

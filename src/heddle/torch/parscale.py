@@ -33,7 +33,7 @@ from heddle.attention.replicas import (
     stack_replicas,
 )
 
-from .huggingface import IMPLEMENTATIONS
+from .huggingface import IMPLEMENTATIONS, dilation
 from .parscale_config import Qwen2ParScaleConfig as Qwen2ParScaleConfig
 from .parscale_config import is_parscale
 from .parscale_layers import (
@@ -85,8 +85,13 @@ class Qwen2ParScalePreTrainedModel(Qwen2PreTrainedModel):
     }
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """transformers' own with one replica; with more, one of :data:`IMPLEMENTATIONS`, by default heddle's choice."""
-        if self.config.parscale_n > 1:
+        """transformers' own with one replica; with more, one of :data:`IMPLEMENTATIONS`, by default heddle's choice.
+
+        With dilation heddle's, in either case.
+        """
+        if dilation(self.config) is not None and requested_attention not in (None, "heddle"):
+            raise ValueError(f"attn_implementation must be 'heddle' with dilation, got {requested_attention!r}")
+        if self.config.parscale_n > 1 or dilation(self.config) is not None:
             requested_attention = requested_attention or "heddle"
             if requested_attention not in IMPLEMENTATIONS:
                 raise ValueError(

@@ -8,6 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 
+from .huggingface import dilation
+
 #: Checkpoints of these types are taken as they are, or as the start of a ParScale model.
 BASES = ("qwen2", "llama")
 MODES = ("joint", "sublayer")
@@ -32,6 +34,8 @@ class Qwen2ParScaleConfig(Qwen2Config):
         enable_replica_rope: turn queries and keys between replicas by the replica's index.
         attention_bias: whether query, key and value projections have a bias: Qwen2's do, Llama's don't.
         head_dim: None: ``hidden_size / num_attention_heads``.
+        attention: ``{"kind": "dilated", "segment_lengths": [...], "dilation_rates": [...]}``: a replica attends to its
+            own tokens by LongNet's patterns (arXiv 2307.02486). None: plain attention.
 
     Raises:
         ValueError: a value out of range.
@@ -50,6 +54,7 @@ class Qwen2ParScaleConfig(Qwen2Config):
     enable_replica_rope: bool = False
     attention_bias: bool = True
     head_dim: int | None = None
+    attention: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.head_dim is None:
@@ -69,6 +74,7 @@ class Qwen2ParScaleConfig(Qwen2Config):
         for name, known in (("parscale_prefix_scope", SCOPES), ("parscale_cross_attn_mode", MODES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        dilation(self)
         wrong = [i for i in self.parscale_cross_attn_layers or () if not 0 <= i < self.num_hidden_layers]
         if wrong:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
 
 from heddle.attention.replicas import attend_replicas, replica_attention
 
-from .huggingface import IMPLEMENTATIONS, as_mask
+from .huggingface import IMPLEMENTATIONS, as_mask, dilated, dilation
 from .parscale_config import Qwen2ParScaleConfig
 
 
@@ -87,14 +88,19 @@ class Qwen2ParScaleAttention(Qwen2Attention):
             keys, values = past_key_values.update(key, value, self.layer_idx)
         query, key, value, keys, values = (x.transpose(1, 2) for x in (query, key, value, keys, values))
         assert attention_mask is not None
+        mask = as_mask(attention_mask, kwargs.get("position_ids"), kwargs.get("segment_ids"), keys.shape[1])
+        patterns, implementation = dilation(config), IMPLEMENTATIONS[str(config._attn_implementation)]
+        options: Any = {"scale": self.scaling, "implementation": implementation}
+        attend_own: Any = None
+        if patterns is not None:
+            attend_own = partial(
+                dilated, patterns=patterns, bounds=attention_mask, mask=mask, return_lse=True, **options
+            )  # fmt: skip
         out, cross = replica_attention(
-            query, keys, values,
-            as_mask(attention_mask, kwargs.get("position_ids"), kwargs.get("segment_ids"), keys.shape[1]),
-            replicas=config.parscale_n,
+            query, keys, values, mask, replicas=config.parscale_n, attend_own=attend_own,
             prefix=self._prefix(value.dtype), prefix_scope=config.parscale_prefix_scope,
             current=None if self.cross_attn_proj is None else (key, value), bias=self.cross_attn_bias,
-            replica_theta=replica_theta(config),
-            scale=self.scaling, implementation=IMPLEMENTATIONS[str(config._attn_implementation)],
+            replica_theta=replica_theta(config), **options,
         )  # fmt: skip
         out = self.o_proj(out.flatten(2))
         if cross is not None and self.cross_attn_proj is not None:
