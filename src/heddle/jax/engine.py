@@ -1,0 +1,480 @@
+"""Continuous batching: requests come and go at any time, and every step serves all that are there.
+
+An engine is a thread that owns the model's paged cache. Each of its steps reads a chunk of the prompts that are new and
+gives every other sequence a token, in one compiled call each; requests are put in from other threads, and their answers
+come out piece by piece.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from heddle.data.tokenizers import Tokenizer
+
+from . import scheduler
+from .answer import Answer, TokenLogprobs, stop_strings
+from .blocks import Blocks
+from .generation import Completion, check_logprobs, check_max_tokens, encode_prompt
+from .model import Transformer
+from .paged import MOST_LOGPROBS, Device
+from .sampling import Greedy, Mixed, Sampler, history, needs_history
+from .scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+#: Why an answer ended, beside "stop" and "length".
+CANCELLED, TIMEOUT, ERROR = "cancelled", "timeout", "error"
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+class Closed(Exception):
+    """The engine takes no more requests."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to answer, and how.
+
+    Args:
+        prompt: text, or token ids.
+        max_tokens: of each answer, at most; the context is a bound too.
+        sampler: a usual one, as :func:`heddle.jax.sampler` makes it; None: the likeliest token.
+        seed: of the first answer; the others take the numbers after it.
+        n: how many answers; their prompt is read once.
+        stop: strings that end an answer, which are left out of it.
+        stop_ids: token ids that end an answer; None: the tokenizer's and the model's.
+        logprobs: tell each token's log-probability, and those of so many likeliest ones, up to ``MOST_LOGPROBS``.
+        timeout: seconds after which it ends, wherever it is.
+    """
+
+    prompt: str | Sequence[int]
+    max_tokens: int = 128
+    sampler: Sampler | None = None
+    seed: int = 0
+    n: int = 1
+    stop: str | Sequence[str] = ()
+    stop_ids: Sequence[int] | None = None
+    logprobs: int | None = None
+    timeout: float | None = None
+
+
+class Event(NamedTuple):
+    """What came of one of a request's answers: a piece, or at the end perhaps its reason alone (token -1)."""
+
+    index: int  #: of the answer
+    text: str
+    token: int
+    finish_reason: str | None
+    logprobs: TokenLogprobs | None = None
+
+
+class Handle:
+    """A request under way. Iterating over it, from any thread or with ``async for``, gives its events, once.
+
+    The events of each answer end with one that has a ``finish_reason``: ``"stop"``, ``"length"``, ``"cancelled"``,
+    ``"timeout"`` or, if the engine failed, ``"error"``.
+    """
+
+    def __init__(self, engine: Engine, request: Request, prompt_tokens: int, stop_ids: frozenset[int]):
+        self.request, self.prompt_tokens, self.stop_ids = request, prompt_tokens, stop_ids
+        self.reused_tokens = 0  #: of the prompt, that the cache held already; known with the first event
+        self.arrival = time.monotonic()
+        self._engine = engine
+        self._unfinished = set(range(request.n))
+        self._sequences: dict[int, scheduler.Sequence] = {}
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._listener: Callable[[Event], object] | None = None
+        self._lock = threading.Lock()
+
+    def cancel(self) -> None:
+        """End it soon: its blocks are given back, and whoever iterates over it is told."""
+        self._engine._cancel(self)
+
+    def __iter__(self) -> Iterator[Event]:
+        left = self.request.n
+        while left:
+            event = self._events.get()
+            left -= event.finish_reason is not None
+            yield event
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        loop, arrived, left = asyncio.get_running_loop(), asyncio.Queue(), self.request.n
+        with self._lock:
+            while not self._events.empty():
+                arrived.put_nowait(self._events.get())
+            self._listener = lambda event: loop.call_soon_threadsafe(arrived.put_nowait, event)
+        while left:
+            event = await arrived.get()
+            left -= event.finish_reason is not None
+            yield event
+
+    def result(self) -> list[Completion]:
+        """Wait for all answers."""
+        texts, tokens, told = ([[] for _ in range(self.request.n)] for _ in range(3))
+        reasons: list[str] = [""] * self.request.n
+        for event in self:
+            texts[event.index].append(event.text)
+            tokens[event.index] += [event.token] if event.token >= 0 else []
+            told[event.index] += [event.logprobs] if event.logprobs else []
+            reasons[event.index] = event.finish_reason or ""
+        wanted = self.request.logprobs is not None
+        return [
+            Completion("".join(text), tuple(ids), reason, self.prompt_tokens, tuple(each) if wanted else None)
+            for text, ids, reason, each in zip(texts, tokens, reasons, told, strict=True)
+        ]
+
+    def _tell(self, event: Event) -> None:
+        with self._lock:
+            if self._listener is None:
+                self._events.put(event)
+                return
+        try:
+            self._listener(event)
+        except RuntimeError:  # its event loop is closed: nobody listens any more
+            self.cancel()
+
+
+@dataclass
+class Counters:
+    """What an engine has done since it was made."""
+
+    requests: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    finished: Counter = field(default_factory=Counter)
+
+
+class Engine:
+    """A model that answers many requests at once.
+
+    Args:
+        model: any :class:`Transformer` whose layers keep every key. Rotary rules that depend on a text's length
+            (dynamic, longrope) are refused: parts of it are read before its length is known.
+        tokenizer: of the model.
+        max_batch: sequences that get a token in one step, at most.
+        blocks: of the cache; None: enough for ``max_batch`` sequences of 1,024 tokens, or of the context if it is less.
+        block_size: tokens in a block: 16, 32, 64 or 128.
+        prefill_chunk: tokens of prompts read between two steps, at most. More: long prompts begin sooner; fewer: the
+            other sequences' tokens come more evenly.
+        max_queue: requests that wait, at most.
+
+    Raises:
+        ValueError: an argument out of range, or a model that can't be served.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 32,
+        blocks: int | None = None,
+        block_size: int = 32,
+        prefill_chunk: int = 512,
+        max_queue: int = 256,
+    ):
+        _check_model(model, tokenizer)
+        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("max_queue", max_queue)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if block_size not in (16, 32, 64, 128):
+            raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size}")
+        context = model.config.max_position_embeddings
+        if blocks is None:
+            blocks = max_batch * -(-min(context, 1024) // block_size)
+        self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
+        self.room = min(context, blocks * block_size)  #: tokens of one sequence, at most
+        self.counters = Counters()
+        self._sizes = (blocks, block_size, max_batch, prefill_chunk)
+        self._preemptions = 0
+        self._reset()
+        self._condition = threading.Condition()
+        self._inbox: deque[Handle] = deque()
+        self._handles: set[Handle] = set()  # that aren't finished
+        self._cancelled: deque[Handle] = deque()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    def _reset(self) -> None:
+        blocks, block_size, max_batch, prefill_chunk = self._sizes
+        if hasattr(self, "scheduler"):
+            self._preemptions = self.preemptions
+        self.scheduler = Scheduler(Blocks(blocks, block_size), max_batch, prefill_chunk)
+        self._device = Device(self.model, blocks, block_size)
+
+    # ------------------------------------------------------------------ requests
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request; from any thread. It is answered while the engine is started or stepped.
+
+        Raises:
+            ValueError: what the request asks for can't be.
+            QueueFull: as many requests wait as may.
+            Closed: the engine takes no more.
+        """
+        handle = self._check(request)
+        with self._condition:
+            if self._closing:
+                raise Closed("the engine is shutting down")
+            if self.waiting >= self.max_queue:
+                self.counters.refused += 1
+                raise QueueFull(f"{self.max_queue} requests wait already")
+            self._put(handle)
+        return handle
+
+    def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Answer all requests, however many: of each its ``n`` answers."""
+        handles = [self._check(request) for request in requests]
+        with self._condition:
+            if self._closing:
+                raise Closed("the engine is shutting down")
+            for handle in handles:
+                self._put(handle)
+            alone = self._thread is None
+        while alone and self.step():
+            pass
+        return [handle.result() for handle in handles]
+
+    def update(self, model: Transformer) -> None:
+        """Go on with other weights of the same model; what the cache knows of the old ones is forgotten.
+
+        Raises:
+            ValueError: requests are under way, or the model is another.
+        """
+        if self._handles or model.config != self.model.config:
+            raise ValueError("model must be of the same configuration, and no request under way")
+        self.model = model
+        self._reset()
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait."""
+        return len(self._inbox) + len(self.scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """How many sequences run."""
+        return len(self.scheduler.running)
+
+    @property
+    def preemptions(self) -> int:
+        """How many sequences gave their blocks back and were read again."""
+        return self._preemptions + self.scheduler.preemptions
+
+    @property
+    def closing(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closing
+
+    # ------------------------------------------------------------------ the thread
+
+    def start(self) -> Engine:
+        """Answer requests in a thread from now on, until :meth:`close`."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="heddle engine", daemon=True)
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Take no more requests; those there are go on."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no more requests, finish those there are, and end the thread.
+
+        After ``timeout`` seconds those that are left are cancelled.
+        """
+        self.stop()
+        if self._thread is None:
+            while self.step():
+                pass
+            return
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            for handle in list(self._handles):
+                handle.cancel()
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                while not (self._handles or self._closing):
+                    self._condition.wait()
+                if not self._handles:
+                    return
+            try:
+                self.step()
+            except Exception:  # the requests of this step are lost, the engine isn't
+                log.exception("a step failed")
+                self._fail()
+
+    def step(self) -> bool:
+        """Read a chunk of the prompts there are and give every sequence that is read a token; whether more is left."""
+        self._receive()
+        self.scheduler.admit()
+        parts = self.scheduler.parts()
+        if parts:
+            self._device.read([(p.sequence.tokens, p.begin, p.end, p.sequence.held.blocks) for p in parts])
+            for part in parts:
+                self.scheduler.was_read(part)
+        self.scheduler.join()
+        rows, copies = self.scheduler.rows()
+        if rows:
+            self._decode(rows, copies)
+        self.counters.steps += bool(parts or rows)
+        return bool(self._handles)
+
+    def _decode(self, rows: list[scheduler.Sequence], copies: list[tuple[int, int]]) -> None:
+        chosen, told = self._device.decode(
+            [(row.tokens, row.held.blocks) for row in rows],
+            copies,
+            Mixed.of([row.sampler for row in rows]),
+            [row.seed for row in rows],
+            [len(row.answer.tokens) for row in rows],
+            [row.history for row in rows],
+            any(row.logprobs is not None for row in rows),
+        )
+        for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            self.scheduler.was_written(row)
+            row.tokens.append(token)
+            if row.history is not None:
+                row.history[token] = max(row.history[token], 0) + 1
+            logprobs = None
+            if told is not None and row.logprobs is not None:
+                n = row.logprobs
+                top = zip(told.ids[at, :n].tolist(), told.top[at, :n].tolist(), strict=True)
+                logprobs = TokenLogprobs(float(told.chosen[at]), tuple(top))
+            if not row.answer.tokens and not row.index:
+                row.owner.reused_tokens = row.reused
+                self.counters.prompt_tokens += row.owner.prompt_tokens
+                self.counters.reused_tokens += row.reused
+            self.counters.tokens += 1
+            piece = row.answer.add(token, logprobs)
+            if piece.finish_reason:
+                self.scheduler.remove(row)
+            self._tell(row.owner, Event(row.index, *piece))
+
+    def _receive(self) -> None:
+        """Take in what came, and let go of what nobody wants any more."""
+        with self._condition:
+            while self._inbox:
+                self.scheduler.add(self._inbox.popleft()._sequences[0])
+            cancelled = set(self._cancelled)
+            self._cancelled.clear()
+        now = time.monotonic()
+        for handle in list(self._handles):
+            timeout = handle.request.timeout
+            if handle in cancelled:
+                self._end(handle, CANCELLED)
+            elif timeout is not None and now - handle.arrival > timeout:
+                self._end(handle, TIMEOUT)
+
+    def _end(self, handle: Handle, reason: str) -> None:
+        """End those answers of a request that haven't ended by themselves."""
+        for index in sorted(handle._unfinished):
+            if index in handle._sequences:
+                self.scheduler.remove(handle._sequences[index])
+            self._tell(handle, Event(index, "", -1, reason))
+
+    def _fail(self) -> None:
+        """End all requests, and begin anew: an error in a step may have cost the cache."""
+        with self._condition:
+            self._inbox.clear()
+            handles = list(self._handles)
+        self._reset()
+        for handle in handles:
+            self._end(handle, ERROR)
+
+    def _tell(self, handle: Handle, event: Event) -> None:
+        if event.finish_reason:
+            self.counters.finished[event.finish_reason] += 1
+            handle._unfinished.discard(event.index)
+            if not handle._unfinished:
+                with self._condition:
+                    self._handles.discard(handle)
+        handle._tell(event)
+
+    # ------------------------------------------------------------------ arguments
+
+    def _put(self, handle: Handle) -> None:
+        self._inbox.append(handle)
+        self._handles.add(handle)
+        self.counters.requests += 1
+        self._condition.notify()
+
+    def _cancel(self, handle: Handle) -> None:
+        with self._condition:
+            if handle in self._handles:
+                self._cancelled.append(handle)
+                self._condition.notify()
+
+    def _check(self, request: Request) -> Handle:
+        """The request as a handle with its first sequence."""
+        config, tokenizer = self.model.config, self.tokenizer
+        prompt = encode_prompt(self.model, tokenizer, "prompt", request.prompt).tolist()
+        if len(prompt) >= self.room:
+            raise ValueError(f"prompt must be shorter than the cache's room of {self.room} tokens, got {len(prompt)}")
+        check_max_tokens(request.max_tokens)
+        if not 0 <= request.seed < 2**32:
+            raise ValueError(f"seed must be an integer in [0, 2**32), got {request.seed!r}")
+        if not 1 <= request.n <= self.scheduler.max_batch:
+            raise ValueError(f"n must be in [1, {self.scheduler.max_batch}], the largest batch, got {request.n}")
+        check_logprobs(request.logprobs, MOST_LOGPROBS)
+        if request.timeout is not None and not request.timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {request.timeout}")
+        sampler = request.sampler or Greedy()
+        Mixed.of([sampler])
+        stop = stop_strings(request.stop)
+        ends = frozenset((*tokenizer.stop_ids, *config.eos_ids) if request.stop_ids is None else request.stop_ids)
+        limit = min(request.max_tokens, self.room - len(prompt))
+        handle = Handle(self, request, len(prompt), ends)
+
+        def begin(index: int) -> scheduler.Sequence:
+            handle._sequences[index] = scheduler.Sequence(
+                tokens=list(prompt),
+                answer=Answer(tokenizer.decoder(), stop, ends, limit),
+                sampler=sampler,
+                seed=(request.seed + index) % 2**32,
+                owner=handle,
+                index=index,
+                forks=0 if index else request.n - 1,
+                logprobs=request.logprobs,
+                history=history([prompt], [()], config.vocab_size)[0] if needs_history(sampler) else None,
+                fork=begin,
+            )
+            return handle._sequences[index]
+
+        begin(0)
+        return handle
+
+
+def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
+    rule = model.config.rotary.rule
+    if rule in ("dynamic", "longrope"):
+        raise ValueError(f"model must have a rope rule that doesn't depend on the text's length, got {rule!r}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"tokenizer must have at most the model's vocab_size {model.config.vocab_size}, got {tokenizer.vocab_size}"
+        )

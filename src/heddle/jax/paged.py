@@ -1,0 +1,293 @@
+"""The paged cache: one pool of blocks for all sequences of a batch (arXiv 2309.06180), and the steps over it.
+
+Which blocks are whose stands on the host (:mod:`heddle.jax.blocks`). A step is told where its tokens go and gathers
+only the blocks that its sequences hold; the pool is donated, so that a step writes into it and never copies it. What a
+step's shape depends on is rounded up to powers of two, for few compilations.
+
+Prompts are read flat: the parts of several, one after another, are one row, whose keys are their blocks one after
+another; each token sees one interval of them. Tokens of the answers are a row each.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from heddle.attention import PADDING_SEGMENT_ID, attend
+from heddle.attention.arrays import Array
+from heddle.attention.mask import Mask
+from heddle.attention.replicas import replicate
+
+from .cache import Cache
+from .model import Transformer
+from .sampling import Logprobs, Mixed, logprobs
+
+LEAST_READ = 32  #: tokens that a step reads, at least
+LEAST_SEEN = 256  #: tokens whose keys a step gathers for each row, at least
+MOST_LOGPROBS = 20  #: that a step tells; more would be compiled for nearly nobody
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PagedCache(Cache):
+    """A pool of keys and values, and where the tokens of one step stand in it.
+
+    With more than one replica each has a pool of its own, one after another.
+
+    Args:
+        lengths, starts, max_len, layers: as of :class:`Cache`; zeros where ``places`` say where tokens stand.
+        keys: of each layer ``(replicas * slots, kv_heads, dim)``, rotated.
+        values: as keys.
+        table: integers ``(batch, n)``: the blocks whose keys each row's queries see, in order.
+        slots: integers ``(batch, seq)``: where in a pool each token is written.
+        base: integers ``(batch, seq)``: where the token's sequence begins among the keys that the row gathers.
+        place: integers ``(batch, seq)``: the token's place in its sequence; -1: padding, which is written nowhere.
+        size: tokens in a block.
+        windows: of each layer; None: it sees all.
+    """
+
+    keys: tuple[Float[Array, "_ kv_heads dim"], ...]
+    values: tuple[Float[Array, "_ kv_heads dim"], ...]
+    table: Int[Array, "batch n"]
+    slots: Int[Array, "batch seq"]
+    base: Int[Array, "batch seq"]
+    place: Int[Array, "batch seq"]
+    size: int = field(metadata={"static": True})
+    windows: tuple[int | None, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, config: ModelConfig, pool: Pool, at: Where, size: int) -> PagedCache:
+        """For one step of the model over ``pool``."""
+        batch = at.table.shape[0]
+        return cls(
+            **pool._asdict(), **at._asdict(), size=size, windows=config.windows, layers=config.num_hidden_layers,
+            max_len=at.table.shape[1] * size, lengths=jnp.zeros(batch, jnp.int32),
+            starts=jnp.zeros(config.parscale_n * batch, jnp.int32) if config.parscale_n > 1 else None,
+        )  # fmt: skip
+
+    @property
+    def pool(self) -> Pool:
+        return Pool(self.keys, self.values)
+
+    def step(self, real: Bool[Array, "batch seq"]) -> _Step:
+        """See :meth:`Cache.step`."""
+        replicas, slots = self.replicas, self.keys[0].shape[0] // self.replicas
+        stop = jnp.where(real, self.base + self.place + 1, 0)
+        masks = {}
+        for window in set(self.windows):
+            start = self.base if window is None else jnp.maximum(self.base, stop - window)
+            masks[window] = Mask(*(_repeated(x, replicas) for x in (jnp.minimum(start, stop), stop)))
+        each = jnp.where(real, self.slots + _offsets(replicas, slots), replicas * slots)
+        table = self.table + _offsets(replicas, slots // self.size)
+        return _Step(each.reshape(-1, real.shape[1]), table.reshape(-1, self.table.shape[1]), masks)
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Array, "rows seq heads dim"],
+        key: Float[Array, "rows seq kv_heads dim"],
+        value: Float[Array, "rows seq kv_heads dim"],
+        step: _Step,
+    ) -> tuple[tuple[Float[Array, "rows seq heads dim"], Float[Array, "rows seq heads"]], PagedCache]:
+        """See :meth:`Cache.attend`."""
+
+        def put(pools, new):
+            pool = pools[layer].at[step.slots].set(new.astype(pools[layer].dtype), mode="drop")
+            return (*pools[:layer], pool, *pools[layer + 1 :])
+
+        cache = replace(self, keys=put(self.keys, key), values=put(self.values, value))
+        keys, values = (cache._gather(pools[layer], step.table).astype(query.dtype) for pools in cache.pool)
+        return attend(query, keys, values, step.masks[self.windows[layer]], return_lse=True), cache
+
+    def _gather(self, pool: Array, table: Array) -> Array:
+        blocks = pool.reshape(-1, self.size, *pool.shape[1:])
+        return blocks.at[table].get(mode="clip").reshape(table.shape[0], -1, *pool.shape[1:])
+
+    def grow(self, max_len: int) -> PagedCache:
+        """Not of this cache: its tables are made anew for every step."""
+        raise NotImplementedError("a paged cache has the room that its table gives it")
+
+    def truncate(self, lengths: Int[np.ndarray, " batch"]) -> PagedCache | None:
+        """See :attr:`grow`."""
+        raise NotImplementedError("a paged cache holds what its table gives it")
+
+
+class Pool(NamedTuple):
+    """Keys and values of all blocks, of each layer ``(replicas * slots, kv_heads, dim)``."""
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, slots: int, dtype: Any) -> Pool:
+        shape, layers = (config.parscale_n * slots, config.kv_heads, config.dim), range(config.num_hidden_layers)
+        # One buffer each: they are donated, and a buffer can be donated once.
+        return cls(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2)))
+
+
+class Where(NamedTuple):
+    """Where a step's tokens stand, as :class:`PagedCache` has it."""
+
+    table: Array
+    slots: Array
+    base: Array
+    place: Array
+
+
+class _Step(NamedTuple):
+    """Of all rows, where tokens go and what they see."""
+
+    slots: Int[Array, "rows seq"]
+    table: Int[Array, "rows n"]
+    masks: dict[int | None, Mask]
+
+
+def _offsets(replicas: int, stride: int) -> Array:
+    """What replicas add to an index ``(batch, ...)``: replica-major, before all axes."""
+    return (jnp.arange(replicas, dtype=jnp.int32) * stride)[:, None, None]
+
+
+def _repeated(x: Array, replicas: int) -> Array:
+    return x if replicas == 1 else replicate(x, replicas)
+
+
+class Device:
+    """The pool and the model, and the steps over them.
+
+    Args:
+        model: whose weights' dtype the pool takes.
+        blocks: in the pool.
+        size: tokens in a block.
+    """
+
+    def __init__(self, model: Transformer, blocks: int, size: int):
+        self._leaves, self._structure = jax.tree.flatten(model)
+        self._config, self._blocks, self._size = model.config, blocks, size
+        self._pool = Pool.empty(model.config, blocks * size, model.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pool."""
+        return sum(array.nbytes for array in jax.tree.leaves(self._pool))
+
+    def read(self, parts: Sequence[tuple[Sequence[int], int, int, Sequence[int]]]) -> None:
+        """Compute keys and values of ``tokens[begin:end]`` for each ``(tokens, begin, end, blocks)``."""
+        wanted = [-(-end // self._size) for _, _, end, _ in parts]
+        length = _bucket(sum(end - begin for _, begin, end, _ in parts), LEAST_READ)
+        ids, at = self._nowhere(1, length, sum(wanted))
+        token = block = 0
+        for (tokens, begin, end, blocks), count in zip(parts, wanted, strict=True):
+            row, place = np.s_[0, token : token + end - begin], np.arange(begin, end)
+            ids[row], at.base[row], at.place[row] = tokens[begin:end], block * self._size, place
+            at.slots[row] = np.asarray(blocks)[place // self._size] * self._size + place % self._size
+            at.table[0, block : block + count] = blocks[:count]
+            token, block = token + end - begin, block + count
+        self._pool = _read(self._structure, self._size, self._leaves, self._pool, ids, at)
+
+    def decode(
+        self,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        copies: Sequence[tuple[int, int]],
+        samplers: Mixed,
+        seeds: Sequence[int],
+        counts: Sequence[int],
+        histories: Sequence[np.ndarray | None],
+        with_logprobs: bool,
+    ) -> tuple[np.ndarray, Logprobs | None]:
+        """The next token of each ``(tokens, blocks)``, of whose tokens the last isn't in the pool yet.
+
+        Args:
+            rows: the sequences.
+            copies: blocks to copy before, each onto which.
+            samplers: how each row's token is chosen.
+            seeds: of each row.
+            counts: how many tokens each row's answer has, which numbers its random choices.
+            histories: what penalties look at, of the rows that have any.
+            with_logprobs: tell log-probabilities too.
+        """
+        if copies:
+            pairs = np.full((_bucket(len(copies), 1), 2), self._blocks, np.int32)
+            pairs[: len(copies)] = copies
+            self._pool = _copy(self._config.parscale_n, self._size, self._pool, pairs)
+        count = _bucket(len(rows), 1)
+        ids, at = self._nowhere(count, 1, max(-(-len(tokens) // self._size) for tokens, _ in rows))
+        for row, (tokens, blocks) in enumerate(rows):
+            place = len(tokens) - 1
+            ids[row], at.place[row], at.table[row, : len(blocks)] = tokens[-1], place, blocks
+            at.slots[row] = blocks[place // self._size] * self._size + place % self._size
+        said = None
+        if any(history is not None for history in histories):
+            said = np.zeros((count, self._config.vocab_size), np.int32)
+            for row, history in enumerate(histories):
+                said[row] = 0 if history is None else history
+        more = 0, count - len(rows)
+        self._pool, chosen, told = _decode(
+            self._structure, self._size, self._leaves, self._pool, ids, at,
+            jax.tree.map(lambda column: np.pad(column, more, mode="edge"), samplers),
+            np.pad(np.asarray(seeds, np.uint32), more), np.pad(np.asarray(counts, np.uint32), more), said,
+            np.bool_(with_logprobs),
+        )  # fmt: skip
+        return np.asarray(chosen)[: len(rows)], Logprobs(*map(np.asarray, told)) if with_logprobs else None
+
+    def _nowhere(self, rows: int, seq: int, blocks: int) -> tuple[np.ndarray, Where]:
+        """Room for the tokens of a step whose rows gather up to so many blocks; all of it padding."""
+        table = np.zeros((rows, _bucket(blocks, LEAST_SEEN // self._size)), np.int32)
+        ids, slots, base = (np.zeros((rows, seq), np.int32) for _ in range(3))
+        return ids, Where(table, slots, base, np.full((rows, seq), -1, np.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _read(structure: Any, size: int, leaves: list, pool: Pool, ids: Array, at: Where) -> Pool:
+    model: Transformer = jax.tree.unflatten(structure, leaves)
+    return _hidden(model, size, pool, ids, at)[1]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _decode(
+    structure: Any, size: int, leaves: list, pool: Pool, ids: Array, at: Where, samplers: Mixed, seeds: Array,
+    counts: Array, history: Array | None, with_logprobs: Array,
+) -> tuple[Pool, Array, Logprobs]:  # fmt: skip
+    model: Transformer = jax.tree.unflatten(structure, leaves)
+    hidden_b1d, pool = _hidden(model, size, pool, ids, at)
+    logits = model.head(hidden_b1d[:, 0])
+    keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(seeds, counts)
+    chosen = samplers(logits, keys, history)
+
+    def tell():
+        return logprobs(logits, chosen, min(MOST_LOGPROBS, logits.shape[1]))
+
+    nothing = jax.tree.map(lambda told: jnp.zeros(told.shape, told.dtype), jax.eval_shape(tell))
+    return pool, chosen, jax.lax.cond(with_logprobs, tell, lambda: nothing)
+
+
+def _hidden(model: Transformer, size: int, pool: Pool, ids: Array, at: Where) -> tuple[Array, Pool]:
+    segment_ids = jnp.where(at.place < 0, PADDING_SEGMENT_ID, 0)
+    cache = PagedCache.of(model.config, pool, at, size)
+    hidden_btd, cache = model.hidden(ids, jnp.maximum(at.place, 0), segment_ids, cache)
+    return hidden_btd, cache.pool
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _copy(replicas: int, size: int, pool: Pool, pairs: Int[Array, "n 2"]) -> Pool:
+    """The pool with blocks ``pairs[:, 0]`` written over ``pairs[:, 1]``; past a pool's end: nowhere."""
+    count = pool.keys[0].shape[0] // replicas // size
+    places = pairs + _offsets(replicas, count)
+    old, new = jnp.where(pairs < count, places, replicas * count).reshape(-1, 2).T
+
+    def copy(array):
+        blocks = array.reshape(-1, size, *array.shape[1:])
+        return blocks.at[new].set(blocks.at[old].get(mode="clip"), mode="drop").reshape(array.shape)
+
+    return jax.tree.map(copy, pool)
+
+
+def _bucket(count: int, least: int) -> int:
+    """The power of two that is at least both."""
+    return 1 << (max(count, least) - 1).bit_length()
