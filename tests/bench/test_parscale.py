@@ -18,16 +18,6 @@ def folder(tmp_path):
     return str(tmp_path / "model")
 
 
-def test_growth_gives_equal_losses():
-    for law in parscale.LAWS:
-        assert parscale.growth(1, law) == 1
-        for replicas in (2, 8):
-            larger = parscale.loss(1e9 * parscale.growth(replicas, law), 1, law)
-            assert larger == pytest.approx(parscale.loss(1e9, replicas, law), rel=1e-12)
-    assert parscale.growth(8, "stack") == pytest.approx(1.818, abs=1e-3)
-    assert parscale.growth(8, "pile") == pytest.approx(1.696, abs=1e-3)
-
-
 def test_a_whole_run(folder, tmp_path):
     out = tmp_path / "out"
     options = ["--replicas", "1,4", "--batch", "2", "--prompt-tokens", "5", "--tokens", "2", "--repeats", "2"]
