@@ -27,6 +27,7 @@ from heddle.attention.replicas import replicate
 
 from .cache import Cache
 from .model import Transformer
+from .model_config import ModelConfig
 from .sampling import Logprobs, Mixed, logprobs
 
 LEAST_READ = 32  #: tokens that a step reads, at least
