@@ -17,6 +17,14 @@ Activation = Callable[[Tensor], Tensor] | str  #: a function, "relu" or "gelu"
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
 
 
+def _function(activation: Activation) -> Callable[[Tensor], Tensor]:
+    if not isinstance(activation, str):
+        return activation
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    return ACTIVATIONS[activation]
+
+
 class FeedForward(nn.Module):
     """MAGNETO's: a norm before each of the two projections."""
 
@@ -25,13 +33,7 @@ class FeedForward(nn.Module):
         gamma_init: float, made: dict[str, Any],
     ):  # fmt: skip
         super().__init__()
-        if isinstance(activation, str):
-            if activation not in ACTIVATIONS:
-                raise ValueError(
-                    f"activation must be a function or one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-                )
-            activation = ACTIVATIONS[activation]
-        self.activation, self.dropout = activation, nn.Dropout(dropout)
+        self.activation, self.dropout = _function(activation), nn.Dropout(dropout)
         self.norm1, self.norm2 = nn.LayerNorm(d_model, eps, **made), nn.LayerNorm(dim_feedforward, eps, **made)
         self.linear1, self.linear2 = (
             nn.Linear(*size, **made) for size in ((d_model, dim_feedforward), (dim_feedforward, d_model))
