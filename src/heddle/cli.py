@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from heddle.serve.command import serve
+
 app = typer.Typer(name="heddle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 bench = typer.Typer(no_args_is_help=True, help="Measure, beside peers, in one interleaved run.")
 app.add_typer(bench, name="bench")
@@ -282,6 +284,9 @@ def chat(
         system=system,
         dtype=dtype,
     )
+
+
+app.command()(serve)
 
 
 @bench.command("attention")
