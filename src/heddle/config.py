@@ -21,6 +21,7 @@ OPTIMIZERS = ("adamw", "lion")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 CROSS_ATTN_MODES = ("joint", "sublayer")
 PREFIX_SCOPES = ("own", "all")
+ATTENTIONS = ("dense", "dilated", "sliding")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 ON_ERROR = ("fail", "skip")  #: what a broken line of a corpus does: end the run, or be reported and skipped
 
@@ -39,6 +40,10 @@ class ModelOptions:
     num_key_value_heads: int = 2
     rope_theta: float = 10_000.0
     tie_word_embeddings: bool = True
+    attention: str = "dense"  #: dense; dilated, LongNet's (arXiv 2307.02486); sliding, a window of the last tokens
+    segment_lengths: list[int] | None = None  #: w of each pattern, of dilated attention alone
+    dilation_rates: list[int] | None = None  #: r of each pattern, of dilated attention alone
+    sliding_window: int | None = None  #: the tokens a query sees, itself included, of sliding attention alone
 
     def __post_init__(self):
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -55,6 +60,25 @@ class ModelOptions:
                 f"model.num_attention_heads must be a multiple of model.num_key_value_heads, "
                 f"got {self.num_attention_heads} and {self.num_key_value_heads}"
             )
+        _one_of("model.attention", self.attention, ATTENTIONS)
+        needed = {"dilated": ("segment_lengths", "dilation_rates"), "sliding": ("sliding_window",)}
+        for kind, names in needed.items():
+            for name in names:
+                given = getattr(self, name) is not None
+                if given != (kind == self.attention):
+                    raise ValueError(
+                        f"model.{name} goes with model.attention={kind}, "
+                        f"but model.attention is {self.attention}" + ("" if given else f" and model.{name} isn't given")
+                    )
+        if self.segment_lengths is not None and self.dilation_rates is not None:
+            lengths, rates = self.segment_lengths, self.dilation_rates
+            if not lengths or len(lengths) != len(rates) or min(*lengths, *rates) < 1:
+                raise ValueError(
+                    "model.segment_lengths and model.dilation_rates must be positive integers, equally many, "
+                    f"got {lengths} and {rates}"
+                )
+        if self.sliding_window is not None:
+            _at_least("model.sliding_window", self.sliding_window, 1)
 
 
 @dataclass
@@ -166,7 +190,7 @@ class TrainingOptions:
 
 
 #: Options and values that one wing alone has.
-ONE_WING = {"training.report_to": "torch", "training.optimizer=lion": "jax"}
+ONE_WING = {"model.attention": "torch", "training.report_to": "torch", "training.optimizer=lion": "jax"}
 
 
 @dataclass

@@ -15,7 +15,7 @@ import torch
 
 from heddle import Mask, attend, merge
 from heddle.attention import dilated as core
-from heddle.attention.dilated import cache_length, check_patterns, decode_slot, dilated_attention
+from heddle.attention.dilated import cache_length, causal_pairs, check_patterns, decode_slot, dilated_attention
 from heddle.attention.reference import reference_backward
 
 PAPER = (8, 16, 24, 32, 48), (1, 2, 4, 6, 12)  # w % r != 0 in two patterns; at 12 heads, H % 5 != 0
@@ -331,3 +331,11 @@ def test_decoding_equals_the_whole_past_many_segments():
 
 def test_the_papers_cache():
     assert cache_length((2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)) == 11_606
+
+
+@pytest.mark.parametrize("length", [1, 7, 40, 61])
+@pytest.mark.parametrize("heads", [2, 6])
+def test_causal_pairs(length, heads):
+    lists = (4, 7, 12, 50), (1, 2, 5, 3)
+    count = oracle.multiplicity([(0, i) for i in range(length)], heads, *lists, True)
+    assert causal_pairs(length, check_patterns(*lists), heads) == count.sum()

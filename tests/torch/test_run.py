@@ -26,6 +26,7 @@ from heddle.data.packing import Packer
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import draw, read_metrics
 from heddle.torch.flops import peak_flops, training_flops
+from heddle.torch.huggingface import dilation
 from heddle.torch.run import make_model, run
 from heddle.torch.train import Trainer, learning_rate
 
@@ -127,6 +128,41 @@ def test_one_replica_is_a_llama_that_both_wings_read(options, tmp_path):
     ids = np.arange(97, 117)[None]
     theirs = AutoModelForCausalLM.from_pretrained(folder)(torch.from_numpy(ids)).logits.detach().numpy()
     np.testing.assert_allclose(heddle.jax.Transformer.from_pretrained(folder)(ids), theirs, atol=1e-4)
+
+
+DILATED = ["model.attention=dilated", "model.segment_lengths=[8,32]", "model.dilation_rates=[1,3]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "model_type"),
+    [
+        (DILATED, "llama"),
+        ([*DILATED, *PARSCALE], "qwen2_parscale"),
+        (["model.attention=sliding", "model.sliding_window=6"], "mistral"),
+    ],
+)
+def test_attention_of_a_model_from_scratch(options, tmp_path, overrides, model_type):
+    """Trained on packed documents as it is saved, and loads; it computes less than a dense one."""
+    settings = [*options, *SIZES, "training.max_steps=2", *overrides]
+    trainer = run(load_config(None, settings))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", attn_implementation="heddle")
+    assert saved.config.model_type == model_type
+    assert dilation(saved.config) == (((8, 1), (32, 3)) if "dilated" in overrides[0] else None)
+    ids = torch.arange(97, 157)[None]
+    with torch.no_grad():
+        logits = trainer.model.eval()(ids).logits
+        torch.testing.assert_close(saved(ids).logits, logits)
+        moved = saved(torch.cat([ids[:, :1] + 60, ids[:, 1:]], 1)).logits  # what the last token of 60 can't see
+    assert (moved - logits)[:, 0].abs().max() > 1e-3
+    assert (moved - logits)[:, -1].abs().max() < 1e-5
+    segments, dense = (
+        np.zeros((1, 200), int),
+        make_model(load_config(None, settings[: -len(overrides)]), Tokenizer.bytes()),
+    )
+    if model_type == "qwen2_parscale":
+        return
+    pairs = training_flops(dense)(segments) - training_flops(saved)(segments)
+    assert 0.5 < pairs / (12 * dense.config.num_hidden_layers * dense.config.hidden_size * 200 * 201 / 2) < 1
 
 
 def test_the_frozen_backbone_stays_as_it_was_bit_for_bit(options, base, tmp_path):

@@ -444,6 +444,17 @@ def _tokens(pattern: Pattern, heads: range, is_causal: bool, position: Array, re
     return Tokens(index, xp.astype(start, xp.int32), xp.astype(stop, xp.int32), heads)
 
 
+def causal_pairs(length: int, patterns: Sequence[Pattern], heads: int) -> int:
+    """The pairs of a query and a key it sees, of all heads and patterns, in one document: what dilation has to do."""
+    pairs = 0
+    for w, r in patterns:
+        for offset in (head % r for head in range(heads)):
+            for segments, tokens in ((length // w, w), (1, length % w)):
+                kept = max(0, -(-(tokens - offset) // r))
+                pairs += segments * kept * (kept + 1) // 2
+    return pairs
+
+
 # ---------------------------------------------------------------- decoding
 
 

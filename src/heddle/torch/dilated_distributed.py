@@ -15,20 +15,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from heddle.attention.dilated import Pattern, dilated_forward
-from heddle.attention.mask import Mask
+from heddle.attention.dilated import Pattern, dilated_forward, document_positions
+from heddle.attention.mask import PADDING_SEGMENT_ID, Mask
 from heddle.attention.merge import merge
 
 from .dilated import DilatedAttention, MultiheadDilatedAttention
-from .parallel import _gather, _process_group
+from .parallel import _all_gather, _gather, _process_group
 
 
 class DistributedDilatedAttention(DilatedAttention):
     """Dilated attention of a sequence that is spread over processes, each holding an equal, consecutive part.
 
-    arXiv 2307.02486, section 3.1: patterns whose segments lie within a part need nothing from elsewhere. Of the others
-    each process sends the keys and values it keeps, to the processes that share a segment with it alone; gradients come
-    back summed. So what is sent doesn't grow with the length if ``w / r`` doesn't.
+    arXiv 2307.02486, section 3.1: segments that lie within a part need nothing from elsewhere. Of the others each
+    process sends the keys and values it keeps, to the processes that segments tie together with it alone; gradients
+    come back summed. So what is sent doesn't grow with the length if ``w / r`` doesn't.
+
+    Documents and padding are told by each process's part of ``segment_ids`` and ``key_padding_mask``; a document may
+    reach over any number of parts. Segments then begin anywhere, and of those that reach over a boundary, whatever
+    their length, keys are sent as above.
 
     Args:
         group: the processes, a ProcessGroup or a one-dimensional DeviceMesh; None: all.
@@ -48,99 +52,176 @@ class DistributedDilatedAttention(DilatedAttention):
         if group is None and not dist.is_initialized():
             raise ValueError("group must be given, or torch.distributed be initialized before")
         self.group: Any = dist.group.WORLD if group is None else _process_group(group)
-        self._groups: dict[range, Any] = {range(dist.get_world_size(self.group)): self.group}
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool,
         segment_ids: Tensor | None, key_padding_mask: Tensor | None, scale: float,
     ) -> Tensor:  # fmt: skip
-        if segment_ids is not None or key_padding_mask is not None:
-            raise NotImplementedError("documents and padding are not spread over processes: give whole sequences")
-
         def one(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
             return self._one_set(query, key, value, mask, scale)
 
-        length, ranks = query.shape[1], dist.get_world_size(self.group)
-        blocks = {pattern: min(math.lcm(pattern.length, length) // length, ranks) for pattern in self.patterns}
-        local = [pattern for pattern in self.patterns if blocks[pattern] == 1]
-        parts = []
+        ids = self._documents(query, segment_ids, key_padding_mask)
+        rank, ranks, (length, heads) = dist.get_rank(self.group), dist.get_world_size(self.group), query.shape[1:3]
+        local, parts = [], []
+        for pattern in self.patterns:
+            # Without documents segments and parts begin together again after so many parts.
+            block = ranks if ids is not None else min(math.lcm(pattern.length, length) // length, ranks)
+            if ids is None and block == 1:
+                local.append(pattern)
+            else:
+                around = range(rank // block * block, min(rank // block * block + block, ranks))
+                plan = _plan(pattern, length, heads, rank, around, is_causal, ids)
+                parts.append(self._by_plan(query, key, value, plan, one))
         if local:
             out, lse = dilated_forward(query, key, value, local, is_causal, None, None, attend=one)
             parts.append((out.to(lse.dtype), lse))
-        for pattern in self.patterns:
-            if blocks[pattern] > 1:
-                parts.append(self._across(query, key, value, pattern, blocks[pattern], is_causal, one))
         return merge(parts)[0].to(query.dtype)
 
-    def _across(
-        self, query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, block: int, is_causal: bool,
+    def _documents(
+        self, query: Tensor, segment_ids: Tensor | None, key_padding_mask: Tensor | None
+    ) -> tuple[bytes, int] | None:
+        """The whole sequences' documents, -1 for padding, and how many rows they are: a few bytes a token from each."""
+        if segment_ids is None and key_padding_mask is None:
+            return None
+        ids = torch.zeros(query.shape[:2]) if segment_ids is None else segment_ids
+        ids = ids.to(device=query.device, dtype=torch.int64)
+        if key_padding_mask is not None:
+            ids = ids.masked_fill(key_padding_mask.to(query.device), PADDING_SEGMENT_ID)
+        return _all_gather(ids.contiguous(), 1, self.group).cpu().numpy().tobytes(), query.shape[0]
+
+    def _by_plan(
+        self, query: Tensor, key: Tensor, value: Tensor, plan: _Plan,
         attend: Callable[[Tensor, Tensor, Tensor, Mask], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """One pattern whose segments reach over ``block`` processes: ``(out, lse)`` of the local queries."""
-        (batch, length, heads, _), group = query.shape, query.shape[2] // key.shape[2]
-        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-        first = rank // block * block
-        members = range(first, min(first + block, ranks))
-        plan = _plan(pattern, length, heads, rank, members, is_causal)
-        device = query.device
+        """``(out, lse)`` of the local queries in one pattern."""
+        (batch, length, heads, _), group, device = query.shape, query.shape[2] // key.shape[2], query.device
+        rows = torch.arange(batch, device=device)[:, None]
 
-        def by_head(x: Tensor, index: np.ndarray, share: int) -> Tensor:  # (batch, heads, kept, dim)
-            rows = torch.as_tensor(index, device=device)
-            return torch.stack([x[:, rows[head], head // share] for head in range(heads)], dim=1)
+        def by_head(index: np.ndarray) -> list[Tensor]:  # (batch, n) each
+            whole = torch.as_tensor(index, device=device).expand(batch, -1, -1)
+            return [whole[:, head % whole.shape[1]] for head in range(heads)]
 
-        pairs = torch.cat([by_head(key, plan.sent, group), by_head(value, plan.sent, group)], dim=-1)
-        pairs = _gather(pairs.transpose(1, 2), self._subgroup(members))
+        def take(x: Tensor, index: np.ndarray, share: int) -> Tensor:  # (batch, heads, n, dim)
+            return torch.stack([x[rows, at, i // share] for i, at in enumerate(by_head(index))], dim=1)
+
+        def pairs(index: np.ndarray) -> Tensor:  # (batch, n, heads, dim + value_dim)
+            return torch.cat([take(key, index, group), take(value, index, group)], dim=-1).transpose(1, 2)
+
+        kept = np.minimum(plan.kept, length - 1)
+        found = pairs(kept)
+        if len(plan.members) > 1:
+            found = torch.cat([_gather(pairs(plan.sent), _subgroup(self.group, plan.members)), found], dim=1)
         # Heads stand in the batch: each sees keys of its own.
-        pairs = by_head(pairs, plan.keys, 1).flatten(0, 1)[:, :, None]
-        keys, values = pairs.split([key.shape[3], value.shape[3]], dim=-1)
-        mask = Mask(np.tile(plan.start, (batch, 1)), np.tile(plan.stop, (batch, 1)))
-        part = attend(by_head(query, plan.sent, 1).flatten(0, 1)[:, :, None], keys, values, mask.on(query))
-        wide = part[1].dtype
-        out = torch.zeros(batch, length, heads, value.shape[3], dtype=wide, device=device)
-        lse = torch.full((batch, length, heads), -torch.inf, dtype=wide, device=device)
-        outs, lses = ([*x.unflatten(0, (batch, heads)).squeeze(3).unbind(1)] for x in part)
-        for head, count in enumerate(plan.counts):
-            rows = torch.as_tensor(plan.sent[head, :count], device=device)
-            outs[head] = out[:, :, head].index_copy(1, rows, outs[head][:, :count].to(wide))
-            lses[head] = lse[:, :, head].index_copy(1, rows, lses[head][:, :count])
-        return torch.stack(outs, dim=2), torch.stack(lses, dim=2)
+        found = take(found, plan.keys, 1).flatten(0, 1)[:, :, None]
+        keys, values = found.split([key.shape[3], value.shape[3]], dim=-1)
+        start, stop = (torch.stack(by_head(x), dim=1).flatten(0, 1) for x in (plan.start, plan.stop))
+        mask = Mask(start, stop)
+        part = attend(take(query, kept, 1).flatten(0, 1)[:, :, None], keys, values, mask)
+        outs, lses = (x.unflatten(0, (batch, heads)).squeeze(3) for x in part)
+        columns: list[list[Tensor]] = [[], []]
+        for head, at in enumerate(by_head(plan.kept)):
+            for column, x, empty in zip(columns, (outs, lses[..., None]), (0.0, -torch.inf), strict=True):
+                x = x[:, head].to(lses.dtype)
+                blank = x.new_full((batch, length + 1, x.shape[-1]), empty)  # one place more, for what doesn't count
+                column.append(blank.scatter(1, at[..., None].expand(x.shape), x)[:, :length])
+        return torch.stack(columns[0], dim=2), torch.stack(columns[1], dim=2)[..., 0]
 
-    def _subgroup(self, members: range) -> ProcessGroup:
-        """The processes of one block; made when first needed, by its members alone."""
-        if members not in self._groups:
-            ranks = [dist.get_global_rank(self.group, member) for member in members]
-            self._groups[members] = dist.new_group(ranks, use_local_synchronization=True)
-        return self._groups[members]
+
+@functools.cache  # by all layers
+def _subgroup(group: ProcessGroup, members: range) -> ProcessGroup:
+    """The processes that share segments; made when first needed, by its members alone."""
+    if len(members) == dist.get_world_size(group):
+        return group
+    ranks = [dist.get_global_rank(group, member) for member in members]
+    made: Any = dist.new_group(ranks, use_local_synchronization=True)
+    return made
 
 
 class _Plan(NamedTuple):
-    """What one process sends and asks of one pattern, by head."""
+    """What one process sends and asks of one pattern, by row (one if all are alike) and offset."""
 
-    sent: Int[np.ndarray, "heads kept"]  #: places of its part it keeps; as many as any member keeps, some repeated
-    counts: list[int]  #: how many of them count
-    keys: Int[np.ndarray, "heads keys"]  #: places among all that was gathered, in order of position
-    start: Int[np.ndarray, "heads kept"]
-    stop: Int[np.ndarray, "heads kept"]
+    members: range  #: the processes that segments tie together with this one
+    sent: Int[np.ndarray, "rows offsets sent"]  #: places of its part that others need, some repeated: all send as many
+    kept: Int[np.ndarray, "rows offsets kept"]  #: places of its part that the pattern keeps; the length: none
+    keys: Int[np.ndarray, "rows offsets keys"]  #: places among what the members sent and what is kept here, by position
+    start: Int[np.ndarray, "rows offsets kept"]
+    stop: Int[np.ndarray, "rows offsets kept"]
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(pattern: Pattern, length: int, heads: int, rank: int, members: range, is_causal: bool) -> _Plan:
-    (w, r), offsets = pattern, np.arange(heads) % pattern.rate
-    position = np.arange(members.start * length, members.stop * length)
-    is_kept = position % w % r == offsets[:, None]
-    counts = is_kept.reshape(heads, len(members), length).sum(-1)
-    most, mine = max(1, counts.max()), members.index(rank)
-    sent, keys, start, stop = (np.zeros((heads, n), np.int64) for n in (most, max(1, counts.sum(1).max()), most, most))
-    for head in range(heads):
-        kept = position[is_kept[head]]
-        own = position[mine * length : (mine + 1) * length][is_kept[head, mine * length : (mine + 1) * length]]
-        sent[head, : len(own)] = own - rank * length
-        places = [member * most + np.arange(count) for member, count in enumerate(counts[head])]
-        keys[head, : len(kept)] = np.concatenate(places)
-        start[head, : len(own)] = np.searchsorted(kept, own // w * w)
-        end = own + 1 if is_causal else (own // w + 1) * w
-        stop[head, : len(own)] = np.searchsorted(kept, end)
-    return _Plan(sent, counts[:, mine].tolist(), keys, start.astype(np.int32), stop.astype(np.int32))
+def _plan(
+    pattern: Pattern, length: int, heads: int, rank: int, around: range, is_causal: bool, ids: tuple[bytes, int] | None
+) -> _Plan:
+    """``around``: processes beyond which no segment of this one's reaches; all, if there are documents."""
+    base, rank, ranks = around.start, rank - around.start, len(around)  # numbered within
+    if ids is None:
+        position, real = np.arange(ranks * length)[None], np.ones((1, ranks * length), bool)
+    else:
+        documents = np.frombuffer(ids[0], np.int64).reshape(ids[1], -1)
+        position, real = document_positions(documents), documents != PADDING_SEGMENT_ID
+    holder = np.arange(ranks * length) // length
+    offsets, rows = range(min(pattern.rate, heads)), range(len(real))
+    segment = np.cumsum(real & (position % pattern.length == 0), axis=1) - 1  # of tokens; padding has none
+    spans = [_spans(*row, holder) for row in zip(segment, real, strict=True)]
+    tied = np.zeros(ranks, bool)  # with the next one
+    for first, last in spans:
+        for a, b in np.unique(np.stack([first, last], axis=1)[first < last], axis=0):
+            tied[a:b] = True
+    low, high = rank, rank
+    while low and tied[low - 1]:
+        low -= 1
+    while tied[high]:
+        high += 1
+    members = range(low, high + 1)
+
+    def places(row: int, offset: int, of: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that process ``of`` keeps, and those of them that others see too."""
+        part = np.arange(of * length, (of + 1) * length)
+        kept = part[real[row, part] & (position[row, part] % pattern.length % pattern.rate == offset)]
+        first, last = (x[segment[row, kept]] for x in spans[row])
+        return kept, kept[first < last]
+
+    both = {(row, o, of): places(row, o, of) for row in rows for o in offsets for of in members}
+    most = max(1, *(len(shared) for _, shared in both.values()))
+    found: list[list[list[np.ndarray]]] = [[] for _ in range(5)]  # sent, kept, keys, start, stop
+    for row in rows:
+        for part in found:
+            part.append([])
+        for o in offsets:
+            mine, shared = both[row, o, rank]
+            seen, at = [], []
+            for number, of in enumerate(members):
+                kept, others = both[row, o, of]
+                if of == rank:
+                    seen.append(kept)
+                    at.append(len(members) * most * (len(members) > 1) + np.arange(len(kept)))
+                    continue
+                first, last = (x[segment[row, others]] for x in spans[row])
+                here = (first <= rank) & (rank <= last)
+                seen.append(others[here])
+                at.append(number * most + np.flatnonzero(here))
+            seen = np.concatenate(seen)
+            theirs, own = segment[row, seen], segment[row, mine]
+            start = np.searchsorted(theirs, own)
+            stop = np.searchsorted(seen, mine) + 1 if is_causal else np.searchsorted(theirs, own, "right")
+            lists = shared - rank * length, mine - rank * length, np.concatenate(at), start, stop
+            for part, x in zip(found, lists, strict=True):
+                part[-1].append(x)
+    widths = [most, *(max(1, *(len(x) for row in part for x in row)) for part in found[1:])]
+    fill = 0, length, 0, 0, 0
+    sent, kept, keys, start, stop = (
+        np.array([[np.pad(x, (0, n - len(x)), constant_values=f) for x in row] for row in part])
+        for part, n, f in zip(found, widths, fill, strict=True)
+    )
+    members = range(base + members.start, base + members.stop)
+    return _Plan(members, sent, kept, keys, start.astype(np.int32), stop.astype(np.int32))
+
+
+def _spans(segment: np.ndarray, real: np.ndarray, holder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first and the last process that hold a token of each segment of a row."""
+    numbers, holder = segment[real], holder[real]  # numbers ascend from 0, none left out
+    first = np.searchsorted(numbers, np.arange(numbers[-1] + 1 if len(numbers) else 0))
+    return holder[first], holder[np.append(first, len(numbers))[1:] - 1]
 
 
 class DistributedMultiheadDilatedAttention(MultiheadDilatedAttention):

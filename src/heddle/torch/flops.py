@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from heddle.attention.dilated import causal_pairs
 from heddle.attention.mask import PADDING_SEGMENT_ID
+
+from .huggingface import dilation
 
 #: Dense bfloat16 FLOP/s of NVIDIA's data sheets, by a part of the device's name; the first that fits.
 PEAKS = {"GB200": 2.5e15, "B200": 2.25e15, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12}
@@ -34,18 +37,29 @@ def training_flops(model: Any) -> Callable[[np.ndarray], float]:
             times = replicas if ".layers." in name else 1
             weights += times * module.weight.numel() * (6 if module.weight.requires_grad else 4)
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pair = 12 * config.num_hidden_layers * config.num_attention_heads * size * replicas
+    heads = config.num_attention_heads
+    pair = 12 * config.num_hidden_layers * size * replicas  # of one head
     prefix = getattr(config, "parscale_n_tokens", 0) if replicas > 1 else 0
 
     def flops(segment_ids: np.ndarray) -> float:
         tokens = int((segment_ids != PADDING_SEGMENT_ID).sum())
-        pairs = tokens * prefix
+        pairs = heads * tokens * prefix
         for row in segment_ids:
             lengths = np.unique(row[row != PADDING_SEGMENT_ID], return_counts=True)[1]
-            pairs += int((lengths * (lengths + 1) // 2).sum())
+            pairs += sum(_pairs(config, int(length)) for length in lengths)
         return float(weights * tokens + pair * pairs)
 
     return flops
+
+
+def _pairs(config: Any, length: int) -> int:
+    """The visible pairs of a document, of all heads of a layer. Layers with a window are taken to be all or none."""
+    heads, patterns = config.num_attention_heads, dilation(config)
+    if patterns is not None:
+        return causal_pairs(length, patterns, heads)
+    window = getattr(config, "sliding_window", None) or length
+    beyond = max(0, length - window)
+    return heads * (length * (length + 1) - beyond * (beyond + 1)) // 2
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -164,11 +164,13 @@ def as_mask(bounds: Tensor, positions: Tensor | None, segments: Tensor | None, k
 
 
 def dilation(config: Any) -> tuple[Pattern, ...] | None:
-    """The patterns of ``config.attention``; None: plain attention.
+    """The patterns of ``config.attention``, or of a LongNet; None: plain attention.
 
     Raises:
         ValueError: a kind, field or pattern that there isn't.
     """
+    if getattr(config, "model_type", None) == "longnet":
+        return check_patterns(config.segment_lengths, config.dilation_rates)
     option = getattr(config, "attention", None)
     if option is None:
         return None

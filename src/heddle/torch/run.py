@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig
 from transformers.utils import logging
 
 from heddle.config import Config
@@ -81,6 +81,9 @@ def show(config: Config) -> int:
 def make_model(config: Config, tokenizer: Tokenizer) -> Any:
     """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``, in float32.
 
+    With ``model.attention=dilated`` the new model's configuration says so, as :mod:`heddle.torch.huggingface` reads it;
+    with ``sliding`` it is a Mistral.
+
     With ``parscale.parscale_n`` above 1 as many replicas of it, of model type ``qwen2_parscale``; a ParScale checkpoint
     keeps its own shape. With ``training.freeze_pretrained`` only what ParScale adds requires gradients. What is new is
     random by ``training.seed``.
@@ -94,9 +97,12 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         if training.base_model is None:
-            sizes = _sizes(config, tokenizer)
+            sizes, window = _sizes(config, tokenizer), config.model.sliding_window
             if replicas == 1:
-                return AutoModelForCausalLM.from_config(LlamaConfig(**sizes), attn_implementation=ATTENTION)
+                kind = LlamaConfig(**sizes) if window is None else MistralConfig(**sizes, sliding_window=window)
+                return AutoModelForCausalLM.from_config(kind, attn_implementation=ATTENTION)
+            if window is not None:
+                sizes |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
             sizes = Qwen2ParScaleConfig(**sizes, attention_bias=False, **parscale)
             return Qwen2ParScaleForCausalLM._from_config(sizes, attn_implementation=ATTENTION)
         model = _pretrained(training.base_model, replicas, parscale)
@@ -111,6 +117,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
 def _sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a model from scratch is, as Llama's and Qwen2's configurations call it."""
     options = dataclasses.asdict(config.model)
+    lists = {name: options.pop(name) for name in ("segment_lengths", "dilation_rates")}
+    del options["sliding_window"]
+    if (kind := options.pop("attention")) == "dilated":
+        options["attention"] = {"kind": kind, **lists}
     return options | {
         "vocab_size": tokenizer.vocab_size,
         "max_position_embeddings": config.data.seq_len,
