@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from heddle.attention.dilated import cache_length, dilated_attention
-from heddle.attention.dilated_cache import DilatedCache, dilated_decode, dilated_prefill, empty_cache
+from heddle.attention.dilated_cache import DilatedCache, dilated_cached, dilated_decode, dilated_prefill, empty_cache
 
 PATTERNS = {
     "three": ((4, 7, 12), (1, 2, 5)),
@@ -135,6 +135,41 @@ def test_a_prompt_by_parts_is_it_at_once(framework, patterns, heads, parts):
         np.testing.assert_allclose(got[row], want[row, n : n + got.shape[1]], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_whatever_comes_next_with_its_lse(framework):
+    """Several tokens, one, or none of a row, on from where it is."""
+    lists, inputs = PATTERNS["w < r, rows uncovered"], arrays(10, 2)
+    want = dilated_attention(*inputs, *lists, is_causal=True, return_lse=True)
+    inputs = [TO[framework](x) for x in inputs]
+    cache, at = empty_cache(*inputs, *lists), np.zeros(2, int)
+    for new in ([7, 3], [1, 1], [0, 1], [1, 0], [9, 6], [1, 1], [20, 0], [2, 9]):
+        size = max(new)
+        index = np.minimum(at[:, None] + np.arange(size), SEQ - 1)
+        rows = TO[framework](np.arange(2)[:, None]), TO[framework](index)
+        given = None if min(new) == size else TO[framework](np.array(new))
+        (out, lse), cache = dilated_cached(*(x[rows] for x in inputs), cache, *lists, lengths=given)
+        for row, n in enumerate(new):
+            now = slice(at[row], at[row] + n)
+            np.testing.assert_allclose(out[row, :n], want[0][row, now], rtol=0, atol=1e-10)
+            np.testing.assert_allclose(lse[row, :n], want[1][row, now], rtol=0, atol=1e-10)
+            assert not np.asarray(out)[row, n:].any()
+            assert (np.asarray(lse)[row, n:] == -np.inf).all()
+        at += new
+        assert (np.asarray(cache.lengths) == at).all()
+
+
+def test_a_cache_of_less_precision():
+    lists, inputs = PATTERNS["three"], [jnp.asarray(x, jnp.float32) for x in arrays(6, 3, seq=30)]
+    kept = [inputs[0], *(x.astype(jnp.bfloat16).astype(jnp.float32) for x in inputs[1:])]
+    cache = empty_cache(*inputs, *lists)
+    cache = DilatedCache(*(tuple(x.astype(jnp.bfloat16) for x in part) for part in cache[:2]), cache.lengths)
+    for now in (slice(0, 11), slice(11, 12), slice(12, 30)):
+        (out, _), cache = dilated_cached(*(x[:, now] for x in kept), cache, *lists)
+        want = dilated_attention(*kept, *lists, is_causal=True)[:, now]
+        np.testing.assert_allclose(out, want, rtol=0, atol=1e-5)
+    assert {x.dtype for x in (*cache.keys, *cache.values)} == {jnp.dtype("bfloat16")}
+
+
 def test_a_prompt_leaves_what_its_tokens_would():
     lists, inputs = PATTERNS["three"], arrays(6, 3, seq=29)
     _, at_once = dilated_prefill(*inputs, *lists)
@@ -176,11 +211,11 @@ def test_low_precision():
 def test_what_cannot_be(unhooked):
     lists, inputs = PATTERNS["three"], arrays(6, 6, seq=4)
     one, cache = [x[:, :1] for x in inputs], empty_cache(*inputs, *lists)
-    half = DilatedCache(*(tuple(x.astype(np.float32) for x in part) for part in cache[:2]), cache.lengths)
+    whole = DilatedCache(*(tuple(x.astype(np.int8) for x in part) for part in cache[:2]), cache.lengths)
     for run, message in [
         (lambda: dilated_decode(*inputs, cache, *lists), "query and key must hold one token, got 4 and 4"),
         (lambda: dilated_decode(*one, cache, [4, 7], [1, 2]), r"cache must hold keys of shapes \[\(2, 6, 4, 8\), \(2"),
-        (lambda: dilated_decode(*one, half, *lists), r"of float64 \(numpy\), got .* of float32 \(numpy\)"),
+        (lambda: dilated_decode(*one, whole, *lists), r"floating point \(numpy\), got .* of int8 \(numpy\)"),
         (lambda: dilated_decode(*one, cache, [4], [0]), "dilation_rates must hold positive integers"),
         (lambda: dilated_decode(*one, cache, *lists, scale=float("inf")), "scale must be a finite number"),
         (lambda: dilated_prefill(*inputs, *lists, lengths=np.array([1])), r"lengths must be integers of shape \(2,\)"),

@@ -6,12 +6,14 @@ process has the whole problem and compares its own devices' parts with the float
 
 import sys
 
+import dilated_oracle
 import jax
 import numpy as np
 
 from attention_cases import Case, oracle, segments
 from heddle import Mask
 from heddle.attention import balance
+from heddle.jax.dilated_distributed import distributed_dilated_attention
 from heddle.jax.parallel import context_attend, shard
 
 SEQ = 64
@@ -49,7 +51,30 @@ def main(address: str, processes: int, process: int) -> None:
                     np.testing.assert_allclose(
                         shard_.data, whole[shard_.index], rtol=1e-5, atol=1e-5, err_msg=f"{case.name} {method} {name}"
                     )
+    dilated_attention(mesh)
     print("same", flush=True)
+
+
+def dilated_attention(mesh) -> None:
+    """Segments within a device's part, over two devices of different processes, and over all."""
+    rng, lists = np.random.default_rng(0), ([8, 2 * SEQ // mesh.size, SEQ], [1, 2, 3])
+    inputs = rng.normal(size=(4, 2, SEQ, 4, 8)).astype(np.float32)
+    want = dilated_oracle.dilated(
+        *inputs[:3], *lists, True, d_out=inputs[3], d_lse=np.zeros(inputs[0].shape[:3])
+    )  # fmt: skip
+
+    @jax.jit
+    def run(query, key, value, d_out):
+        def forward(*arrays):
+            return distributed_dilated_attention(*arrays, *lists, "context", is_causal=True, mesh=mesh)
+
+        out, backward = jax.vjp(forward, query, key, value)
+        return out, *backward(d_out)
+
+    found = run(*shard(tuple(inputs), "context", mesh=mesh))
+    for name, got, whole in zip(("out", "dq", "dk", "dv"), found, (want[0], *want[2:])):
+        for part in got.addressable_shards:
+            np.testing.assert_allclose(part.data, whole[part.index], rtol=0, atol=2e-5, err_msg=f"dilated {name}")
 
 
 if __name__ == "__main__":

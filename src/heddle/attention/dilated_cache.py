@@ -97,20 +97,57 @@ def dilated_prefill(
         ValueError: arguments that disagree; lengths below 0 or beyond seq (where values can be read).
         NotImplementedError: the named implementation doesn't serve this case.
     """
+    lists = segment_lengths, dilation_rates
+    (out, _), cache = _prefill(query, key, value, lists, lengths, cache, scale, implementation)
+    return out, cache
+
+
+def dilated_cached(
+    query: Float[Array, "batch seq heads dim"],
+    key: Float[Array, "batch seq kv_heads dim"],
+    value: Float[Array, "batch seq kv_heads value_dim"],
+    cache: DilatedCache,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[tuple[Float[Array, "batch seq heads value_dim"], Float[Array, "batch seq heads"]], DilatedCache]:
+    """:func:`dilated_decode` of one token a sequence, or :func:`dilated_prefill` of several, with the lse as well.
+
+    Arguments as of these; of padding out is 0 and lse -inf.
+    """
+    lists = segment_lengths, dilation_rates
+    if query.shape[1] > 1:
+        return _prefill(query, key, value, lists, lengths, cache, scale, implementation)
+    (out, lse), after = _decode(query, key, value, cache, lists, scale, implementation)
+    if lengths is not None:  # padding was written where the next token will be: nobody sees it before
+        xp, new = namespace(out), _check_lengths(lengths, query)
+        out = xp.where((new > 0)[:, None, None, None], out, 0.0)
+        lse = xp.where((new > 0)[:, None, None], lse, -float("inf"))
+        after = after._replace(lengths=cache.lengths + xp.astype(new, xp.int32))
+    return (out, lse), after
+
+
+def _prefill(
+    query: Array, key: Array, value: Array, lists: tuple[Sequence[int], Sequence[int]], lengths: Array | None,
+    cache: DilatedCache | None, scale: float | None, implementation: str | None,
+) -> tuple[tuple[Array, Array], DilatedCache]:  # fmt: skip
     xp, (batch, seq, heads, _), kv_heads = namespace(query), query.shape, key.shape[2]
-    patterns = check_patterns(segment_lengths, dilation_rates)
+    patterns = check_patterns(*lists)
     new: Array = arange(batch, query) * 0 + seq
     if lengths is not None:
         new = xp.astype(_check_lengths(lengths, query), xp.int32)
     real = arange(seq, query) < new[:, None]
     if cache is None:
-        out = dilated_attention(
-            query, key, value, segment_lengths, dilation_rates,
-            is_causal=True, scale=scale, implementation=implementation,
-        )  # fmt: skip
-        cache = empty_cache(query, key, value, segment_lengths, dilation_rates)
+        out, lse = dilated_attention(
+            query, key, value, *lists, is_causal=True, scale=scale, implementation=implementation, return_lse=True
+        )
+        cache = empty_cache(query, key, value, *lists)
         if lengths is not None:
             out = xp.where(real[:, :, None, None], out, 0.0)
+            lse = xp.where(real[:, :, None], lse, -float("inf"))
     else:
         check(query, key, value, None)
         if query.shape[1] != key.shape[1]:
@@ -118,7 +155,7 @@ def dilated_prefill(
         _check_cache(query, key, value, cache, patterns)
         positions = xp.where(real, cache.lengths[:, None] + arange(seq, query), -1)
         source = partial(_rings_and_new, cache, patterns, heads, key, value)
-        out, _ = continued(query, patterns, positions, source, score_scale(query, scale), implementation)
+        out, lse = continued(query, patterns, positions, source, score_scale(query, scale), implementation)
     held = cache.lengths + new
     keys, values = [], []
     for pattern, *old in zip(patterns, cache.keys, cache.values, strict=True):
@@ -131,8 +168,8 @@ def dilated_prefill(
         is_new = (place >= 0)[..., None]
         at = arange(batch, query)[:, None, None], clip(place, 0, seq - 1), ring // rings.per_key_head
         for kept, x, before in zip((keys, values), (key, value), old, strict=True):
-            kept.append(xp.where(here, xp.where(is_new, x[at], before), 0.0))
-    return out, DilatedCache(tuple(keys), tuple(values), held)
+            kept.append(xp.where(here, xp.where(is_new, xp.astype(x[at], before.dtype, copy=False), before), 0.0))
+    return (out, lse), DilatedCache(tuple(keys), tuple(values), held)
 
 
 def _rings_and_new(
@@ -146,8 +183,13 @@ def _rings_and_new(
     def columns(held: Array, x: Array) -> Columns:
         ring = [h // group * rings.per_key_head + h % group % rings.per_key_head for h in range(heads)]
         return Columns(
-            [namespace(x).concat([held[:, ring[h]], x[:, :, h // group]], axis=1) for h in range(heads)]
-        )  # fmt: skip
+            [
+                namespace(x).concat(
+                    [namespace(x).astype(held[:, ring[h]], x.dtype, copy=False), x[:, :, h // group]], axis=1
+                )
+                for h in range(heads)
+            ]
+        )
 
     def place(at: Array) -> Array:
         slot = at % pattern.length // pattern.rate
@@ -185,7 +227,15 @@ def dilated_decode(
         ValueError: arguments that disagree.
         NotImplementedError: the named implementation doesn't serve this case.
     """
-    patterns = check_patterns(segment_lengths, dilation_rates)
+    (out, _), cache = _decode(query, key, value, cache, (segment_lengths, dilation_rates), scale, implementation)
+    return out, cache
+
+
+def _decode(
+    query: Array, key: Array, value: Array, cache: DilatedCache, lists: tuple[Sequence[int], Sequence[int]],
+    scale: float | None, implementation: str | None,
+) -> tuple[tuple[Array, Array], DilatedCache]:  # fmt: skip
+    patterns = check_patterns(*lists)
     check(query, key, value, None)
     scale = score_scale(query, scale)
     if query.shape[1] != 1 or key.shape[1] != 1:
@@ -203,7 +253,7 @@ def dilated_decode(
         real, ring = ring < rings.count, clip(ring, None, rings.count - 1)
         seen = []
         for held, x, new in zip((keys, values), (key, value), old, strict=True):
-            of_ring = x[:, 0][rows, ring // rings.per_key_head]
+            of_ring = xp.astype(x[:, 0][rows, ring // rings.per_key_head], new.dtype, copy=False)
             of_ring = xp.where(real[..., None], of_ring, new[rows, ring, slot[:, None]])
             if framework(new) == "jax":
                 new = new.at[rows, ring, slot[:, None]].set(of_ring)
@@ -211,7 +261,7 @@ def dilated_decode(
                 new[rows, ring, slot[:, None]] = of_ring
             held.append(new)
             some = new if pattern.rate == 1 else new[rows, ring]
-            seen.append(xp.reshape(some, (-1, rings.slots, 1, some.shape[3])))
+            seen.append(xp.astype(xp.reshape(some, (-1, rings.slots, 1, some.shape[3])), x.dtype, copy=False))
         asked = rings.by_ring(query)[rows, ring]
         stop = xp.reshape(xp.where(real, slot[:, None] + 1, 0), (-1, 1))
         part = attend(
@@ -223,8 +273,8 @@ def dilated_decode(
         out = xp.where(kept[..., None, None], xp.astype(out, wide), 0.0)
         lse = xp.where(kept[..., None], lse, -float("inf"))
         parts.append((rings.by_head(out), rings.by_head(lse)))
-    out = xp.astype(merge(parts)[0], query.dtype)
-    return out, DilatedCache(tuple(keys), tuple(values), cache.lengths + 1)
+    out, lse = merge(parts)
+    return (xp.astype(out, query.dtype), lse), DilatedCache(tuple(keys), tuple(values), cache.lengths + 1)
 
 
 class _Rings(NamedTuple):
@@ -275,8 +325,9 @@ def _check_cache(query: Array, key: Array, value: Array, cache: DilatedCache, pa
         rings = [_rings(pattern, query.shape[2], key.shape[2]) for pattern in patterns]
         want = [(x.shape[0], r.count, r.slots, x.shape[3]) for r in rings]
         got = [tuple(array.shape) for array in arrays]
-        if got != want or any(framework(a) != framework(x) or a.dtype != x.dtype for a in arrays):
+        floating = namespace(x).isdtype
+        if got != want or any(framework(a) != framework(x) or not floating(a.dtype, "real floating") for a in arrays):
             raise ValueError(
-                f"cache must hold {name} of shapes {want} and of {x.dtype} ({framework(x)}), "
+                f"cache must hold {name} of shapes {want}, floating point ({framework(x)}), "
                 f"got {got} of {', '.join(sorted({f'{a.dtype} ({framework(a)})' for a in arrays}))}"
             )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .dilated import DilatedAttention as DilatedAttention
     from .dilated import MultiheadDilatedAttention as MultiheadDilatedAttention
+    from .dilated_distributed import distributed_dilated_attention as distributed_dilated_attention
     from .dot_product import dot_product_attention as dot_product_attention
     from .dot_product import nnx_attention as nnx_attention
     from .flash import FlashAttentionParamsConfig as FlashAttentionParamsConfig
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from .generation import Completion as Completion
     from .generation import generate as generate
     from .generation import stream as stream
+    from .longnet import LongNetConfig as LongNetConfig
+    from .longnet import LongNetLM as LongNetLM
     from .model import Transformer as Transformer
     from .model_config import ModelConfig as ModelConfig
     from .parallel import context_attend as context_attend
@@ -34,12 +37,14 @@ register_pytree()  # also for a Mask made before JAX was imported
 # Attention alone needs none of flax, optax and orbax, which take seconds to import: what does is imported when named.
 _HOMES = {
     "DilatedAttention": "dilated", "MultiheadDilatedAttention": "dilated",
+    "distributed_dilated_attention": "dilated_distributed",
     "KVCache": "cache", "dot_product_attention": "dot_product", "nnx_attention": "dot_product",
     "FlashAttentionParamsConfig": "flash", "attention_specs": "flash",
     "create_attention_mask": "flash", "flash_attention": "flash",
     "permute_tokens_context_parallelism": "flash",
     "unpermute_tokens_context_parallelism": "flash",
     "Completion": "generation", "generate": "generation", "stream": "generation",
+    "LongNetConfig": "longnet", "LongNetLM": "longnet",
     "Transformer": "model", "ModelConfig": "model_config", "context_attend": "parallel", "sampler": "sampling",
     "Trainer": "train", "TrainState": "train",
 }  # fmt: skip

@@ -21,7 +21,8 @@ from flax import nnx
 from heddle.data.gguf import GGUF, ROPE_FACTORS
 from heddle.data.locate import locate, read_json
 
-from .model import Transformer
+from .longnet import MODEL_TYPE, LongNetConfig, LongNetLM
+from .model import LanguageModel, Transformer
 from .model_config import PARSCALE_FIELDS, ModelConfig
 from .parscale import hide_prefixes, is_new
 
@@ -67,8 +68,20 @@ PARSCALE_NAMES = (
     ("aggregate.up.weight", "model.aggregate_layer.2.weight"),
     ("aggregate.up.bias", "model.aggregate_layer.2.bias"),
 )
+#: LongNet's, beside the embedding, the final norm and the head; nor for these.
+LONGNET_NAMES = (
+    *(
+        (f"layers.{{}}.{name}.{kind}", f"model.layers.{{}}.{name}.{kind}")
+        for name in (
+            "norm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.norm", "self_attn.out_proj",
+            "feed_forward.norm1", "feed_forward.linear1", "feed_forward.norm2", "feed_forward.linear2",
+        )
+        for kind in ("weight", "bias")
+    ),
+    ("norm.bias", "model.norm.bias"),
+)  # fmt: skip
 _THEIRS = {ours: {"hugging face": hugging_face, "gguf": gguf} for ours, hugging_face, gguf in NAMES}
-_THEIRS |= {ours: {"hugging face": hugging_face} for ours, hugging_face in PARSCALE_NAMES}
+_THEIRS |= {ours: {"hugging face": hugging_face} for ours, hugging_face in (*PARSCALE_NAMES, *LONGNET_NAMES)}
 #: What older checkpoints hold and nobody reads: the rotary embedding's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -121,9 +134,18 @@ _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float
 
 
 def load(
-    name: str | Path | None = None, *, dtype: Any = "auto", rngs: nnx.Rngs | None = None, **options: Any
-) -> Transformer:
-    """The model at a path or of a name on the hub; see :meth:`Transformer.from_pretrained`."""
+    name: str | Path | None = None,
+    kind: type[LanguageModel] | None = None,
+    *,
+    dtype: Any = "auto",
+    rngs: nnx.Rngs | None = None,
+    **options: Any,
+) -> Any:
+    """The model at a path or of a name on the hub; see :meth:`Transformer.from_pretrained`.
+
+    Args:
+        kind: :class:`Transformer` or :class:`~heddle.jax.longnet.LongNetLM`; None: what the ``config.json`` says.
+    """
     parscale = {field: options.pop(field) for field in PARSCALE_FIELDS if field in options}
     path = locate(name)
     source: Source
@@ -131,16 +153,24 @@ def load(
         source = GGUF.open(path)
         stored_config, convention, stored = ModelConfig.from_dict(source.config()), "gguf", "float32"
     elif path.is_dir():
-        stored_config = ModelConfig.from_json_file(path)
+        if kind is None and read_json(path / "config.json").get("model_type") == MODEL_TYPE:
+            kind = LongNetLM
+        stored_config = (LongNetConfig if kind is LongNetLM else ModelConfig).from_json_file(path)
         source, convention = Safetensors(path), "hugging face"
         stored = _FLOATS[max(source.dtypes.values(), key=list(source.dtypes.values()).count)]
     else:
         raise ValueError(f"{path}: must be a folder with a config.json and safetensors, or a .gguf file")
-    config = stored_config.with_parscale(**parscale) if parscale else stored_config
+    config: Any = stored_config
+    if parscale:
+        if isinstance(config, LongNetConfig):
+            raise ValueError(f"{path}: a LongNet can't be replicated, got {', '.join(parscale)}")
+        config = config.with_parscale(**parscale)
     dtype = resolve_dtype(dtype, stored)
 
-    def build(rngs: nnx.Rngs) -> Transformer:
-        return Transformer(config, rngs=rngs, dtype=dtype, **options)
+    made: Any = LongNetLM if isinstance(config, LongNetConfig) else Transformer
+
+    def build(rngs: nnx.Rngs) -> LanguageModel:
+        return made(config, rngs=rngs, dtype=dtype, **options)
 
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
@@ -159,7 +189,7 @@ def load(
 
 
 def _fresh(
-    build: Callable[[nnx.Rngs], Transformer], new: set[str], rngs: nnx.Rngs | None, path: Path
+    build: Callable[[nnx.Rngs], LanguageModel], new: set[str], rngs: nnx.Rngs | None, path: Path
 ) -> dict[str, jax.Array]:
     """The initial values of these parameters alone: of the others nothing is drawn."""
     if rngs is None:
@@ -189,7 +219,7 @@ def resolve_dtype(dtype: Any, stored: str = "float32") -> jnp.dtype:
     raise ValueError(f"dtype must be auto, float32, bfloat16 or float16; got {dtype}")
 
 
-def save(model: Transformer, folder: str | Path, tokenizer: Any = None, *, max_shard_bytes: int = 5 * 10**9) -> None:
+def save(model: LanguageModel, folder: str | Path, tokenizer: Any = None, *, max_shard_bytes: int = 5 * 10**9) -> None:
     """Write a folder that transformers loads: config, generation config, safetensors, and the tokenizer's files.
 
     Written beside its place and renamed into it, so that the folder is all there or not at all. A saved model that
@@ -214,9 +244,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Any = None, *, max_s
             tokenizer.save_pretrained(unfinished)
 
 
-def _write_safetensors(
-    folder: Path, parameters: dict[str, jax.Array], config: ModelConfig, max_shard_bytes: int
-) -> None:
+def _write_safetensors(folder: Path, parameters: dict[str, jax.Array], config: Any, max_shard_bytes: int) -> None:
     from safetensors.numpy import save_file
 
     shards: list[list[str]] = []
@@ -245,7 +273,7 @@ def _write_safetensors(
 # ---------------------------------------------------------------------- names and layouts
 
 
-def _theirs(ours: str, config: ModelConfig, convention: str) -> tuple[str, bool]:
+def _theirs(ours: str, config: Any, convention: str) -> tuple[str, bool]:
     """A parameter's name in a convention, and whether it lies transposed there."""
     if ours == "head.weight" and config.tie_word_embeddings:
         return _THEIRS["embedding"][convention], True
@@ -255,7 +283,7 @@ def _theirs(ours: str, config: ModelConfig, convention: str) -> tuple[str, bool]
     return name.format(layer.group() if layer else ""), matrix
 
 
-def _read(source: Source, ours: str, config: ModelConfig, convention: str) -> np.ndarray:
+def _read(source: Source, ours: str, config: Any, convention: str) -> np.ndarray:
     theirs, transposed = _theirs(ours, config, convention)
     tensor = source.tensor(theirs)
     if convention == "gguf" and config.model_type in ("llama", "mistral") and re.search(r"attention\.[qk]\.", ours):
@@ -269,7 +297,7 @@ def _half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _check(source: Source, expected: dict[str, tuple[int, ...]], config: ModelConfig, convention: str) -> None:
+def _check(source: Source, expected: dict[str, tuple[int, ...]], config: Any, convention: str) -> None:
     """One error for all that is missing, superfluous or of another shape."""
     wanted = {}
     for ours, shape in expected.items():

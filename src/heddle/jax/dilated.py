@@ -21,7 +21,7 @@ from heddle.attention.attend import attend, score_scale
 from heddle.attention.dilated import check_patterns, check_sequence, dilated_forward
 from heddle.attention.mask import Mask
 
-from .layers import Linear
+from .layers import LayerNorm, Linear
 
 
 class DilatedAttention(nnx.Module):
@@ -100,19 +100,6 @@ def _with_dropout(query: Array, key: Array, value: Array, mask: Mask, scale: flo
     )
 
 
-class _LayerNorm(nnx.Module):
-    """``nnx.LayerNorm`` whose parameters are named as torch's."""
-
-    def __init__(self, size: int, eps: float, *, dtype: Any):
-        self.weight, self.bias = nnx.Param(jnp.ones(size, dtype)), nnx.Param(jnp.zeros(size, dtype))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        standard = jax.nn.standardize(x.astype(wide), epsilon=self.eps)
-        return (standard * self.weight.astype(wide) + self.bias.astype(wide)).astype(x.dtype)
-
-
 class MultiheadDilatedAttention(nnx.Module):
     """Projections, dilated attention, MAGNETO's norm and the output projection (arXiv 2210.06423, figure 2).
 
@@ -159,7 +146,7 @@ class MultiheadDilatedAttention(nnx.Module):
 
         self.q_proj, self.k_proj, self.v_proj = projection(1.0), projection(1.0), projection(gamma_init)
         self.attention = DilatedAttention(segment_lengths, dilation_rates, attention_dropout=dropout)
-        self.norm = _LayerNorm(embed_dim, layer_norm_eps, dtype=dtype) if layer_norm else None
+        self.norm = LayerNorm(embed_dim, layer_norm_eps, dtype=dtype) if layer_norm else None
         self.out_proj = projection(gamma_init)
 
     def __call__(
@@ -202,20 +189,27 @@ class MultiheadDilatedAttention(nnx.Module):
         arrays = query, key, value, key_padding_mask, segment_ids
         if query.ndim == 2:
             query, key, value, key_padding_mask, segment_ids = (None if x is None else x[None] for x in arrays)
-        heads = [
-            proj(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
-            for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
-        ]
         out = self.attention(
-            *heads,
+            *self.heads(query, key, value),
             is_causal=is_causal,
             segment_ids=segment_ids,
             key_padding_mask=key_padding_mask,
             dropout_rng=dropout_rng,
         )
-        out = out.reshape(*out.shape[:2], self.embed_dim)
-        out = self.out_proj(out if self.norm is None else self.norm(out))
+        out = self.output(out)
         return (out[0] if arrays[0].ndim == 2 else out), None
+
+    def heads(self, query: Array, key: Array, value: Array) -> tuple[Array, ...]:
+        """The three projected, ``(batch, seq, heads, head_dim)``."""
+        return tuple(
+            proj(x).reshape(*x.shape[:2], self.num_heads, self.head_dim)
+            for proj, x in ((self.q_proj, query), (self.k_proj, key), (self.v_proj, value))
+        )
+
+    def output(self, out: Float[Array, "batch seq heads head_dim"]) -> Float[Array, "batch seq embed_dim"]:
+        """What attention found, normalized and projected."""
+        out = out.reshape(*out.shape[:2], self.embed_dim)
+        return self.out_proj(out if self.norm is None else self.norm(out))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """The parameters by the names and in the layout of ``heddle.torch.dilated.MultiheadDilatedAttention``."""

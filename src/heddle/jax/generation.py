@@ -18,7 +18,7 @@ from heddle.data.tokenizers import Tokenizer
 
 from .answer import Answer, Piece, TokenLogprobs, stop_strings
 from .cache import Cache
-from .model import Transformer
+from .model import LanguageModel
 from .sampling import Greedy, Logprobs, Sampler, history, logprobs, needs_history, remember
 
 #: Prompts are read in pieces of these lengths, so that three compilations serve every prompt.
@@ -49,7 +49,7 @@ class Completion:
 
 
 def generate(
-    model: Transformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: str | Sequence[Prompt],
     *,
@@ -99,7 +99,7 @@ def generate(
 
 
 def stream(
-    model: Transformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
@@ -139,7 +139,7 @@ class Past:
         self.tokens: list[int] = []
         self.cache: Cache | None = None
 
-    def resume(self, model: Transformer, prompt: list[int], room: int) -> tuple[Cache, int]:
+    def resume(self, model: LanguageModel, prompt: list[int], room: int) -> tuple[Cache, int]:
         """A cache with ``room`` tokens of room, and how many of the prompt's tokens it holds already."""
         cache, self.cache = self.cache, None  # until it comes back, since a step gives its buffers away
         self.max_len = _room(max(room, self.max_len), model)
@@ -177,7 +177,7 @@ class Generation:
 
     def __init__(
         self,
-        model: Transformer,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         prompts: str | Sequence[Prompt],
         max_tokens: int = 128,
@@ -234,7 +234,7 @@ class Generation:
         arguments = self._leaves, self._state, self.sampler, self._stop_ids, steps, self._logprobs
         self._take(_decode(self._structure, *arguments), steps)
 
-    def _read(self, model: Transformer, cache: Cache, held: int) -> tuple[Array, Cache]:
+    def _read(self, model: LanguageModel, cache: Cache, held: int) -> tuple[Array, Cache]:
         """Fill the cache with the prompts past the ``held`` first tokens; each one's last hidden state."""
         lengths = [prompt.shape[-1] - held for prompt in self.prompts]
         apart = any(prompt.ndim == 2 for prompt in self.prompts)
@@ -277,7 +277,7 @@ class Generation:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _prefill(structure: Any, leaves: list, cache: Cache, last_bd: Array, tokens: Array):
     """Read tokens ``(batch, seq)``, or ``(batch, replicas, seq)``, into the cache."""
-    model: Transformer = jax.tree.unflatten(structure, leaves)
+    model: LanguageModel = jax.tree.unflatten(structure, leaves)
     real = tokens != PADDING
     segment_ids = jnp.where(real, 0, PADDING_SEGMENT_ID)
     hidden_btd, cache = model.hidden(jnp.maximum(tokens, 0), segment_ids=segment_ids, cache=cache)
@@ -313,7 +313,7 @@ def _decode(
 ):
     """Up to ``steps`` more tokens: the tokens ``(batch, STEPS)``, -1 where a sequence was done already, and with ``n``
     their log-probabilities."""
-    model: Transformer = jax.tree.unflatten(structure, leaves)
+    model: LanguageModel = jax.tree.unflatten(structure, leaves)
 
     def more(carry):
         step, state, _, _ = carry
@@ -340,7 +340,7 @@ def _decode(
 
 
 def _choose(
-    model: Transformer,
+    model: LanguageModel,
     hidden_bd: Float[Array, "batch hidden"],
     state: _State,
     sampler: Sampler,
@@ -361,7 +361,7 @@ def _choose(
 # ---------------------------------------------------------------------- arguments and sizes
 
 
-def _encode(model: Transformer, tokenizer: Tokenizer, prompts: Any) -> list[np.ndarray]:
+def _encode(model: LanguageModel, tokenizer: Tokenizer, prompts: Any) -> list[np.ndarray]:
     """Ids ``(length,)``, or ``(replicas, length)`` with :data:`PADDING` before the shorter ones."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
@@ -384,7 +384,7 @@ def _encode(model: Transformer, tokenizer: Tokenizer, prompts: Any) -> list[np.n
     return encoded
 
 
-def encode_prompt(model: Transformer, tokenizer: Tokenizer, name: str, prompt: Any) -> np.ndarray:
+def encode_prompt(model: LanguageModel, tokenizer: Tokenizer, name: str, prompt: Any) -> np.ndarray:
     """One prompt's ids.
 
     Raises:
@@ -437,7 +437,7 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _room(tokens: int, model: Transformer) -> int:
+def _room(tokens: int, model: LanguageModel) -> int:
     """The length of a cache for so many tokens."""
     return min(_power_of_two(max(tokens, LEAST_ROOM)), model.config.max_position_embeddings)
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Float
+
+from heddle.attention.arrays import Array
 
 
 class Linear(nnx.Module):
@@ -30,3 +35,16 @@ class RMSNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return self.weight.astype(x.dtype) * x32.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """``nnx.LayerNorm`` whose parameters are named as torch's (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, eps: float, *, dtype: Any):
+        self.weight, self.bias = nnx.Param(jnp.ones(size, dtype)), nnx.Param(jnp.zeros(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch size"]) -> Float[Array, "*batch size"]:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        standard = jax.nn.standardize(x.astype(wide), epsilon=self.eps)
+        return (standard * self.weight.astype(wide) + self.bias.astype(wide)).astype(x.dtype)

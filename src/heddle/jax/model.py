@@ -6,6 +6,7 @@ v: vocabulary. ParScale's replicas are rows of the batch, replica-major (:mod:`h
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ from jaxtyping import Int
 
 from heddle.attention import PADDING_SEGMENT_ID, Mask, attend
 from heddle.attention.arrays import Array, is_concrete, to_numpy
+from heddle.attention.dilated import dilated_attention
 from heddle.attention.replicas import replicate, stack_replicas
 from heddle.attention.rope import rotate
 
 from .cache import Cache, KVCache
+from .dilated_cache import DilatedKVCache
 from .layers import Linear, RMSNorm
 from .model_config import ModelConfig
 from .parscale import Aggregate, CrossAttention, Replicas
@@ -40,6 +43,7 @@ class Step(NamedTuple):
     rotary: tuple[Array, Array]  #: cos and sin of the tokens' positions
     cached: Any  #: with a cache, what it says of these tokens
     added: Array | None  #: how many tokens the cache will hold more of each sequence
+    segment_ids: Array | None  #: of dilated attention without a cache, each row's documents
 
 
 class Attention(nnx.Module):
@@ -55,7 +59,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(h, config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.replicas = Replicas(config, layer, rngs=rngs, dtype=dtype) if config.parscale_n > 1 else None
-        self.head_dim = h
+        self.head_dim, self.dilation = h, config.attention
 
     def heads(self, x_btd, step: Step):
         """Queries, keys and values, turned by their positions."""
@@ -71,6 +75,11 @@ class Attention(nnx.Module):
         own = across_btd = None
         if cache is not None:
             own, cache = cache.attend(layer, q_btqh, k_btkh, v_btkh, step.cached)
+        elif self.dilation is not None:
+            own = dilated_attention(
+                q_btqh, k_btkh, v_btkh, self.dilation.segment_lengths, self.dilation.dilation_rates,
+                is_causal=True, segment_ids=step.segment_ids, return_lse=True,
+            )  # fmt: skip
         if self.replicas is not None:
             attend_own = None if own is None else lambda *_: own
             out_btqh, across_btd = self.replicas(q_btqh, k_btkh, v_btkh, mask, attend_own)
@@ -118,7 +127,85 @@ class Block(nnx.Module):
         return x_btd + self.ffn(self.ffn_norm(x_btd)), cache
 
 
-class Transformer(nnx.Module):
+class LanguageModel(nnx.Module):
+    """What generation, training and checkpoints know of a model: its hidden states, its head, its kind of cache."""
+
+    config: Any
+    dtype: Any
+    embedding: nnx.Param | None
+    head: Linear
+
+    @abstractmethod
+    def hidden(
+        self,
+        tokens: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"],
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """The final hidden states ``(batch, seq, hidden)``, of which ``head`` makes logits; with a cache, both."""
+
+    @abstractmethod
+    def empty_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
+        """An empty cache of the kind that this model decodes with.
+
+        Args:
+            batch: how many sequences.
+            max_len: tokens of each, at most.
+            dtype: what keys and values are kept in; None: the model's. See :meth:`KVCache.empty`.
+        """
+
+    def _embed(self, tokens):
+        if self.embedding is not None:
+            return self.embedding[tokens].astype(self.dtype)
+        return jnp.moveaxis(self.head.weight[:, tokens], 0, -1).astype(self.dtype)
+
+    def _check(self, tokens, positions, segment_ids, cache) -> None:
+        replicas = self.config.parscale_n
+        wanted = "(batch, seq)" if replicas == 1 else f"(batch, seq) or (batch, {replicas}, seq)"
+        fits = tokens.ndim == 2 or (tokens.ndim == 3 and tokens.shape[1] == replicas > 1)
+        if not fits or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
+            raise ValueError(f"tokens must be integers of shape {wanted}, got {tokens.dtype} of {tokens.shape}")
+        if is_concrete(tokens):
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"tokens must be in [0, {self.config.vocab_size}), got {bad}")
+        shared = tokens.shape[0], tokens.shape[-1]
+        for name, array, shapes in (
+            ("positions", positions, (shared,)), ("segment_ids", segment_ids, (tokens.shape, shared)),
+        ):  # fmt: skip
+            if array is not None and array.shape not in shapes:
+                raise ValueError(f"{name} must have tokens' shape {shapes[0]}, got {array.shape}")
+        if cache is None:
+            return
+        layers = self.config.num_hidden_layers
+        if cache.batch != tokens.shape[0] or cache.layers != layers:
+            raise ValueError(
+                f"cache must be of {layers} layers and batch size {tokens.shape[0]}, "
+                f"got {cache.layers} and {cache.batch}"
+            )
+        if cache.replicas != replicas:
+            raise ValueError(f"cache must be of {replicas} replicas, got {cache.replicas}")
+        if segment_ids is not None and is_concrete(segment_ids):
+            self._check_padding(to_numpy(segment_ids) == PADDING_SEGMENT_ID, cache)
+
+    def _check_padding(self, padding, cache: Cache) -> None:
+        """A cache's rows hold one stretch of tokens, which ends where the sequence ends."""
+        whole = padding.all(axis=1) if padding.ndim == 3 else padding
+        if (whole[:, :-1] & ~whole[:, 1:]).any():
+            raise ValueError("segment_ids must be -1 only at the end of each row where there is a cache")
+        if padding.ndim == 2:
+            return
+        ends = ~padding[:, :, :-1] & padding[:, :, 1:] & ~whole[:, None, 1:]
+        if ends.any() or (padding[:, :, 0] & ~whole[:, :1] & cache.begun()).any():
+            raise ValueError(
+                "segment_ids of a replica must be -1 only before its first token or at the end of its sequence where "
+                "there is a cache"
+            )
+
+
+class Transformer(LanguageModel):
     """A decoder-only language model.
 
     Layers are a list and unrolled, not scanned: a scan would copy each layer's weights out of their stack, at one
@@ -170,7 +257,7 @@ class Transformer(nnx.Module):
         """
         from .checkpoint import load
 
-        return load(name, dtype=dtype, **options)
+        return load(name, cls, dtype=dtype, **options)
 
     def save_pretrained(self, folder: str | Path, tokenizer: Any = None, *, max_shard_bytes: int = 5 * 10**9) -> None:
         """Write a Hugging Face folder, all of it or nothing; see :func:`heddle.jax.checkpoint.save`."""
@@ -268,66 +355,22 @@ class Transformer(nnx.Module):
         cos, sin = self.config.rotary.tables(default if positions is None else positions)
         x_btd = self._embed(tokens)
         x_btd = self._rows(x_btd) if tokens.ndim == 2 else stack_replicas(x_btd)
-        return x_btd, masks, Step((self._rows(cos), self._rows(sin)), cached, added), cache
+        documents = None
+        if segment_ids is not None and cache is None and self.config.attention is not None:
+            documents = stack_replicas(segment_ids) if apart else self._rows(segment_ids)
+        return x_btd, masks, Step((self._rows(cos), self._rows(sin)), cached, added, documents), cache
 
     def empty_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
-        """An empty cache of the kind that this model decodes with.
-
-        Args:
-            batch: how many sequences.
-            max_len: tokens of each, at most.
-            dtype: what keys and values are kept in; None: the model's. See :meth:`KVCache.empty`.
-        """
-        return KVCache.empty(self.config, batch, max_len, self.dtype if dtype is None else dtype)
+        """See :meth:`LanguageModel.empty_cache`; of dilated attention, a cache of bounded size."""
+        config, dtype = self.config, self.dtype if dtype is None else dtype
+        if config.attention is None:
+            return KVCache.empty(config, batch, max_len, dtype)
+        return DilatedKVCache.empty(
+            config.attention.segment_lengths, config.attention.dilation_rates, layers=config.num_hidden_layers,
+            heads=config.num_attention_heads, kv_heads=config.kv_heads, head_dim=config.dim,
+            batch=batch, max_len=max_len, dtype=dtype, replicas=config.parscale_n,
+        )  # fmt: skip
 
     def _rows(self, x):
         """What all replicas share, a row for each."""
         return x if self.config.parscale_n == 1 else replicate(x, self.config.parscale_n)
-
-    def _embed(self, tokens):
-        if self.embedding is not None:
-            return self.embedding[tokens].astype(self.dtype)
-        return jnp.moveaxis(self.head.weight[:, tokens], 0, -1).astype(self.dtype)
-
-    def _check(self, tokens, positions, segment_ids, cache) -> None:
-        replicas = self.config.parscale_n
-        wanted = "(batch, seq)" if replicas == 1 else f"(batch, seq) or (batch, {replicas}, seq)"
-        fits = tokens.ndim == 2 or (tokens.ndim == 3 and tokens.shape[1] == replicas > 1)
-        if not fits or not jnp.issubdtype(tokens.dtype, jnp.integer) or 0 in tokens.shape:
-            raise ValueError(f"tokens must be integers of shape {wanted}, got {tokens.dtype} of {tokens.shape}")
-        if is_concrete(tokens):
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.config.vocab_size:
-                bad = low if low < 0 else high
-                raise ValueError(f"tokens must be in [0, {self.config.vocab_size}), got {bad}")
-        shared = tokens.shape[0], tokens.shape[-1]
-        for name, array, shapes in (
-            ("positions", positions, (shared,)), ("segment_ids", segment_ids, (tokens.shape, shared)),
-        ):  # fmt: skip
-            if array is not None and array.shape not in shapes:
-                raise ValueError(f"{name} must have tokens' shape {shapes[0]}, got {array.shape}")
-        if cache is None:
-            return
-        if cache.batch != tokens.shape[0] or cache.layers != len(self.layers):
-            raise ValueError(
-                f"cache must be of {len(self.layers)} layers and batch size {tokens.shape[0]}, "
-                f"got {cache.layers} and {cache.batch}"
-            )
-        if cache.replicas != replicas:
-            raise ValueError(f"cache must be of {replicas} replicas, got {cache.replicas}")
-        if segment_ids is not None and is_concrete(segment_ids):
-            self._check_padding(to_numpy(segment_ids) == PADDING_SEGMENT_ID, cache)
-
-    def _check_padding(self, padding, cache: Cache) -> None:
-        """A cache's rows hold one stretch of tokens, which ends where the sequence ends."""
-        whole = padding.all(axis=1) if padding.ndim == 3 else padding
-        if (whole[:, :-1] & ~whole[:, 1:]).any():
-            raise ValueError("segment_ids must be -1 only at the end of each row where there is a cache")
-        if padding.ndim == 2:
-            return
-        ends = ~padding[:, :, :-1] & padding[:, :, 1:] & ~whole[:, None, 1:]
-        if ends.any() or (padding[:, :, 0] & ~whole[:, :1] & cache.begun()).any():
-            raise ValueError(
-                "segment_ids of a replica must be -1 only before its first token or at the end of its sequence where "
-                "there is a cache"
-            )

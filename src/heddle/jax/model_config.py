@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from heddle.attention.dilated import check_patterns
 from heddle.attention.rope import Rope
 from heddle.data.locate import locate, read_json
 
@@ -46,13 +47,55 @@ _ONLY = {
 
 
 @dataclass(frozen=True)
+class Dilation:
+    """Dilated attention (arXiv 2307.02486): w and r of each pattern.
+
+    Raises:
+        ValueError: as of :func:`heddle.attention.dilated.dilated_attention`.
+    """
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+
+    def __post_init__(self):
+        patterns = check_patterns(self.segment_lengths, self.dilation_rates)
+        for i, name in enumerate(("segment_lengths", "dilation_rates")):
+            object.__setattr__(self, name, tuple(pattern[i] for pattern in patterns))
+
+    @classmethod
+    def from_dict(cls, option: Any) -> Dilation | None:
+        """What ``attention`` says in a ``config.json``; None: ``{"kind": "dense"}`` or nothing.
+
+        Raises:
+            ValueError: another kind, other fields; as of the class.
+        """
+        named = {"dense": {"kind"}, "dilated": {"kind", "segment_lengths", "dilation_rates"}}
+        kind = "dense" if option is None else option.get("kind") if isinstance(option, Mapping) else None
+        if kind not in named or set(option or ("kind",)) != named[kind]:
+            raise ValueError(
+                'attention must be {"kind": "dense"} or {"kind": "dilated", "segment_lengths": [...], '
+                f'"dilation_rates": [...]}}, got {option!r}'
+            )
+        if option is None or kind == "dense":
+            return None
+        lengths, rates = zip(*check_patterns(option["segment_lengths"], option["dilation_rates"]), strict=True)
+        return cls(lengths, rates)
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`from_dict`."""
+        return {
+            "kind": "dilated", "segment_lengths": [*self.segment_lengths], "dilation_rates": [*self.dilation_rates],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer of Llama's kind; the fields are those of a Hugging Face ``config.json``.
 
     ``num_key_value_heads``, ``head_dim``, ``rope`` and ``layer_types`` follow from the rest where they are None.
     ``attention_bias`` gives q, k, v and o a bias (llama, qwen3; qwen2 always has those of q, k and v; in qwen2_parscale
-    those of q, k and v); ``layer_types`` says which layers see ``sliding_window`` keys only. Hashable, so static under
-    jax.jit.
+    those of q, k and v); ``layer_types`` says which layers see ``sliding_window`` keys only; with ``attention`` all are
+    dilated. Hashable, so static under jax.jit.
 
     ParScale (arXiv 2505.10475), in model type qwen2_parscale: ``parscale_n`` replicas, with ``parscale_n_tokens``
     learned prefix keys in each layer, of which a replica sees its ``"own"`` or ``"all"`` (``parscale_prefix_scope``);
@@ -93,6 +136,7 @@ class ModelConfig:
     parscale_cross_attn_layers: tuple[int, ...] | None = None
     parscale_cross_attn_mode: str = "joint"
     enable_replica_rope: bool = False
+    attention: Dilation | None = None
 
     def __post_init__(self):
         if self.model_type not in MODEL_TYPES:
@@ -113,6 +157,8 @@ class ModelConfig:
         for name, types in {"attention_bias": ("llama", "qwen3", PARSCALE), "mlp_bias": ("llama",)}.items():
             if getattr(self, name) and self.model_type not in types:
                 raise ValueError(f"{name} must be false for model_type {self.model_type!r}, got true")
+        if self.attention is not None and self.sliding_window is not None:
+            raise ValueError(f"sliding_window must be none where attention is dilated, got {self.sliding_window}")
         self._check_parscale()
 
     def _check_parscale(self) -> None:
@@ -246,9 +292,9 @@ class ModelConfig:
         model_type = given.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}; got {model_type!r}")
-        apart = {"rope", *(() if model_type == PARSCALE else PARSCALE_FIELDS)}
+        apart = {"rope", "attention", *(() if model_type == PARSCALE else PARSCALE_FIELDS)}
         own = {field.name: field for field in fields(cls) if field.name not in apart}
-        known = {*own, *_ROPE, *_HARMLESS, *_ONLY, *(_WINDOW if model_type in _WINDOW_TYPES else ())}
+        known = {*own, "attention", *_ROPE, *_HARMLESS, *_ONLY, *(_WINDOW if model_type in _WINDOW_TYPES else ())}
         if unknown := sorted(set(given) - known):
             raise ValueError(f"fields that aren't supported for model_type {model_type!r}: {', '.join(unknown)}")
         if missing := [name for name, field in own.items() if field.default is MISSING and name not in given]:
@@ -268,6 +314,7 @@ class ModelConfig:
                 first = given.get("max_window_layers", 28)
                 layers = range(values["num_hidden_layers"])
                 values["layer_types"] = tuple(SLIDING if layer >= first else FULL for layer in layers)
+        values["attention"] = Dilation.from_dict(given.get("attention"))
         plain = cls(**values)
         rope = {name: given[name] for name in _ROPE if name in given}
         rope["max_position_embeddings"] = plain.max_position_embeddings
@@ -318,11 +365,13 @@ class ModelConfig:
             config["layer_types"] = self.layer_types
         if self.model_type == PARSCALE:
             config |= {name: getattr(self, name) for name in PARSCALE_FIELDS}
+        if self.attention is not None:
+            config["attention"] = self.attention.to_dict()
         return json.loads(json.dumps(config))  # tuples as lists
 
 
 PARSCALE_FIELDS = tuple(f.name for f in fields(ModelConfig) if f.name.startswith(("parscale_", "enable_")))
-_SAVED_APART = {"rope", "attention_bias", "mlp_bias", "sliding_window", "layer_types", *PARSCALE_FIELDS}
+_SAVED_APART = {"rope", "attention_bias", "mlp_bias", "sliding_window", "layer_types", "attention", *PARSCALE_FIELDS}
 _KINDS: dict[str, Any] = {
     "int": int,
     "float": (int, float),

@@ -266,18 +266,24 @@ def _wide(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x: Array, axis: str) -> Array:
-    """All parts along axis 1; backward, the sum of all devices' gradients of this one's part."""
-    return lax.all_gather(x, axis, axis=1, tiled=True)
+#: Equal groups of a mesh axis's devices, by their indices; None: one group.
+Groups = tuple[tuple[int, ...], ...] | None
 
 
-def _gather_forward(x, axis):
-    return _gather(x, axis), None
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: Array, axis: str, groups: Groups = None) -> Array:
+    """All parts of this device's group along axis 1; backward, the sum of its devices' gradients of this one's part."""
+    return lax.all_gather(x, axis, axis=1, tiled=True, axis_index_groups=groups)
 
 
-def _gather_backward(axis, _, d_whole):
-    d_part = lax.psum_scatter(d_whole.astype(_wide(d_whole.dtype)), axis, scatter_dimension=1, tiled=True)
+def _gather_forward(x, axis, groups=None):
+    return _gather(x, axis, groups), None
+
+
+def _gather_backward(axis, groups, _, d_whole):
+    d_part = lax.psum_scatter(
+        d_whole.astype(_wide(d_whole.dtype)), axis, scatter_dimension=1, tiled=True, axis_index_groups=groups
+    )
     return (d_part.astype(d_whole.dtype),)
 
 
