@@ -187,6 +187,8 @@ class KVCache(Cache):
             ValueError: a size below 1, another dtype.
         """
         check_sizes(batch, max_len)
+        if config.attention is not None:
+            raise ValueError("config must be of plain attention, got a dilated one: model.empty_cache makes its cache")
         dtype = jnp.dtype(dtype)
         if dtype.name not in (*DTYPES, "int8"):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or int8, got {dtype}")
