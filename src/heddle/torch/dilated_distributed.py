@@ -27,12 +27,12 @@ class DistributedDilatedAttention(DilatedAttention):
     """Dilated attention of a sequence that is spread over processes, each holding an equal, consecutive part.
 
     arXiv 2307.02486, section 3.1: segments that lie within a part need nothing from elsewhere. Of the others each
-    process sends the keys and values it keeps, to the processes that segments tie together with it alone; gradients
-    come back summed. So what is sent doesn't grow with the length if ``w / r`` doesn't.
+    process sends the keys and values it keeps, to the processes that share segments alone; gradients come back summed.
+    So what is sent doesn't grow with the length if ``w / r`` doesn't.
 
     Documents and padding are told by each process's part of ``segment_ids`` and ``key_padding_mask``; a document may
-    reach over any number of parts. Segments then begin anywhere, and of those that reach over a boundary, whatever
-    their length, keys are sent as above.
+    reach over any number of parts. Segments then begin anywhere, and the kept keys of those that reach over a boundary,
+    whatever their length, are sent to all processes.
 
     Args:
         group: the processes, a ProcessGroup or a one-dimensional DeviceMesh; None: all.
@@ -69,9 +69,10 @@ class DistributedDilatedAttention(DilatedAttention):
             if ids is None and block == 1:
                 local.append(pattern)
             else:
-                around = range(rank // block * block, min(rank // block * block + block, ranks))
-                plan = _plan(pattern, length, heads, rank, around, is_causal, ids)
-                parts.append(self._by_plan(query, key, value, plan, one))
+                first = rank // block * block
+                members = range(first, min(first + block, ranks))
+                plan = _plan(pattern, length, heads, rank, members, is_causal, ids)
+                parts.append(self._by_plan(query, key, value, plan, _subgroup(self.group, members), one))
         if local:
             out, lse = dilated_forward(query, key, value, local, is_causal, None, None, attend=one)
             parts.append((out.to(lse.dtype), lse))
@@ -90,7 +91,7 @@ class DistributedDilatedAttention(DilatedAttention):
         return _all_gather(ids.contiguous(), 1, self.group).cpu().numpy().tobytes(), query.shape[0]
 
     def _by_plan(
-        self, query: Tensor, key: Tensor, value: Tensor, plan: _Plan,
+        self, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, members: ProcessGroup,
         attend: Callable[[Tensor, Tensor, Tensor, Mask], tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``(out, lse)`` of the local queries in one pattern."""
@@ -108,9 +109,7 @@ class DistributedDilatedAttention(DilatedAttention):
             return torch.cat([take(key, index, group), take(value, index, group)], dim=-1).transpose(1, 2)
 
         kept = np.minimum(plan.kept, length - 1)
-        found = pairs(kept)
-        if len(plan.members) > 1:
-            found = torch.cat([_gather(pairs(plan.sent), _subgroup(self.group, plan.members)), found], dim=1)
+        found = torch.cat([_gather(pairs(plan.sent), members), pairs(kept)], dim=1)
         # Heads stand in the batch: each sees keys of its own.
         found = take(found, plan.keys, 1).flatten(0, 1)[:, :, None]
         keys, values = found.split([key.shape[3], value.shape[3]], dim=-1)
@@ -129,7 +128,8 @@ class DistributedDilatedAttention(DilatedAttention):
 
 @functools.cache  # by all layers
 def _subgroup(group: ProcessGroup, members: range) -> ProcessGroup:
-    """The processes that share segments; made when first needed, by its members alone."""
+    """The processes of a block; made when first needed, by its members alone. torch names such a group by how many its
+    members have: every process makes as many, so that its members agree."""
     if len(members) == dist.get_world_size(group):
         return group
     ranks = [dist.get_global_rank(group, member) for member in members]
@@ -140,7 +140,6 @@ def _subgroup(group: ProcessGroup, members: range) -> ProcessGroup:
 class _Plan(NamedTuple):
     """What one process sends and asks of one pattern, by row (one if all are alike) and offset."""
 
-    members: range  #: the processes that segments tie together with this one
     sent: Int[np.ndarray, "rows offsets sent"]  #: places of its part that others need, some repeated: all send as many
     kept: Int[np.ndarray, "rows offsets kept"]  #: places of its part that the pattern keeps; the length: none
     keys: Int[np.ndarray, "rows offsets keys"]  #: places among what the members sent and what is kept here, by position
@@ -150,10 +149,10 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _plan(
-    pattern: Pattern, length: int, heads: int, rank: int, around: range, is_causal: bool, ids: tuple[bytes, int] | None
+    pattern: Pattern, length: int, heads: int, rank: int, members: range, is_causal: bool, ids: tuple[bytes, int] | None
 ) -> _Plan:
-    """``around``: processes beyond which no segment of this one's reaches; all, if there are documents."""
-    base, rank, ranks = around.start, rank - around.start, len(around)  # numbered within
+    """``members``: processes beyond which no segment of this one's reaches; all, if there are documents."""
+    rank, ranks = rank - members.start, len(members)  # numbered within
     if ids is None:
         position, real = np.arange(ranks * length)[None], np.ones((1, ranks * length), bool)
     else:
@@ -163,16 +162,6 @@ def _plan(
     offsets, rows = range(min(pattern.rate, heads)), range(len(real))
     segment = np.cumsum(real & (position % pattern.length == 0), axis=1) - 1  # of tokens; padding has none
     spans = [_spans(*row, holder) for row in zip(segment, real, strict=True)]
-    tied = np.zeros(ranks, bool)  # with the next one
-    for first, last in spans:
-        for a, b in np.unique(np.stack([first, last], axis=1)[first < last], axis=0):
-            tied[a:b] = True
-    low, high = rank, rank
-    while low and tied[low - 1]:
-        low -= 1
-    while tied[high]:
-        high += 1
-    members = range(low, high + 1)
 
     def places(row: int, offset: int, of: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens that process ``of`` keeps, and those of them that others see too."""
@@ -181,7 +170,7 @@ def _plan(
         first, last = (x[segment[row, kept]] for x in spans[row])
         return kept, kept[first < last]
 
-    both = {(row, o, of): places(row, o, of) for row in rows for o in offsets for of in members}
+    both = {(row, o, of): places(row, o, of) for row in rows for o in offsets for of in range(ranks)}
     most = max(1, *(len(shared) for _, shared in both.values()))
     found: list[list[list[np.ndarray]]] = [[] for _ in range(5)]  # sent, kept, keys, start, stop
     for row in rows:
@@ -190,16 +179,16 @@ def _plan(
         for o in offsets:
             mine, shared = both[row, o, rank]
             seen, at = [], []
-            for number, of in enumerate(members):
+            for of in range(ranks):
                 kept, others = both[row, o, of]
                 if of == rank:
                     seen.append(kept)
-                    at.append(len(members) * most * (len(members) > 1) + np.arange(len(kept)))
+                    at.append(ranks * most + np.arange(len(kept)))
                     continue
                 first, last = (x[segment[row, others]] for x in spans[row])
                 here = (first <= rank) & (rank <= last)
                 seen.append(others[here])
-                at.append(number * most + np.flatnonzero(here))
+                at.append(of * most + np.flatnonzero(here))
             seen = np.concatenate(seen)
             theirs, own = segment[row, seen], segment[row, mine]
             start = np.searchsorted(theirs, own)
@@ -213,8 +202,7 @@ def _plan(
         np.array([[np.pad(x, (0, n - len(x)), constant_values=f) for x in row] for row in part])
         for part, n, f in zip(found, widths, fill, strict=True)
     )
-    members = range(base + members.start, base + members.stop)
-    return _Plan(members, sent, kept, keys, start.astype(np.int32), stop.astype(np.int32))
+    return _Plan(sent, kept, keys, start.astype(np.int32), stop.astype(np.int32))
 
 
 def _spans(segment: np.ndarray, real: np.ndarray, holder: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
