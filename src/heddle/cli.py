@@ -380,6 +380,34 @@ def bench_decode(
     )
 
 
+@bench.command("serve")
+def bench_serve(
+    model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    clients: str = typer.Option("1,4,16,64", help="How many ask at once; several with commas."),
+    prompt_tokens: int = typer.Option(64, help="Tokens of a prompt."),
+    tokens: int = typer.Option(32, help="Tokens of an answer."),
+    repeats: int = typer.Option(3, help="Rounds that count; each number of clients has one a round."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    out: str | None = typer.Option(None, help="A directory for serve.json."),
+) -> None:
+    """Measure the server: tokens a second and the time to the first, by how many clients ask at once.
+
+    Example: heddle bench serve --clients 1,8
+    """
+    from heddle.bench import serve
+
+    serve.run(
+        model,
+        clients=clients,
+        prompt_tokens=prompt_tokens,
+        tokens=tokens,
+        repeats=repeats,
+        as_json=json,
+        out=out,
+        command=["heddle", *sys.argv[1:]],
+    )
+
+
 @bench.command("parscale")
 def bench_parscale(
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),

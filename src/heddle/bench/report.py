@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from . import attention, decode, dilated, parscale
+from . import attention, decode, dilated, parscale, serve
 from .tables import markdown
 
-MODULES = {"attention": attention, "decode": decode, "parscale": parscale, "dilated": dilated}  #: by record
+MODULES = {
+    "attention": attention,
+    "decode": decode,
+    "parscale": parscale,
+    "dilated": dilated,
+    "serve": serve,
+}  #: by record
 
 
 def write(folder: str | Path, out: str | Path, title: str = "Measurements") -> Path:

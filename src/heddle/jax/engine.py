@@ -471,6 +471,8 @@ class Engine:
 
 
 def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
+    if model.config.attention is not None:
+        raise ValueError("model must keep every key to be served, got one of dilated attention: see heddle generate")
     rule = model.config.rotary.rule
     if rule in ("dynamic", "longrope"):
         raise ValueError(f"model must have a rope rule that doesn't depend on the text's length, got {rule!r}")

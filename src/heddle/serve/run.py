@@ -67,7 +67,7 @@ def run(
         try:
             asyncio.run(_serve(application, serving, listener, drain))
         finally:
-            serving.close(timeout=0)
+            serving.close(timeout=0.0)
 
 
 async def _serve(application: FastAPI, engine: Engine, listener: socket.socket, drain: float) -> None:

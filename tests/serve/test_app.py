@@ -1,0 +1,420 @@
+"""The server as OpenAI's own client, a browser and a careless programmer meet it."""
+
+import json
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from servers import NAME, load, save, serving
+
+from heddle.jax import generate
+from heddle.jax import sampler as usual
+from heddle.jax.engine import Engine
+from heddle.serve.app import Limits, create_app
+
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save(folder)
+    return load(folder)
+
+
+def engine_of(pair, **options) -> Engine:
+    return Engine(*pair, **{"max_batch": 8, "blocks": 48, "block_size": 16, "prefill_chunk": 32, **options})
+
+
+@pytest.fixture(scope="module")
+def server(pair):
+    engine = engine_of(pair)
+    with serving(engine, limits=Limits(body_bytes=5000, max_tokens=60)) as url:
+        yield url, engine
+
+
+@pytest.fixture(scope="module")
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server[0] + "/v1", api_key="any", max_retries=0)
+
+
+def expected(pair, prompt, **options):
+    return generate(*pair, [prompt], **{"max_tokens": 16, **options})[0]
+
+
+# ---------------------------------------------------------------------- OpenAI's client
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="model must be 'tiny', got 'other'"):
+        client.models.retrieve("other")
+
+
+def test_a_completion(client, pair):
+    found = client.completions.create(model=NAME, prompt="some text", temperature=0)
+    one = expected(pair, "some text")
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (one.text, one.finish_reason)
+    usage = found.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (9, 16, 25)
+    assert usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_several_prompts_with_several_answers_each(client, pair):
+    sampler = usual(1.5, top_p=0.9, presence_penalty=0.5)
+    for prompt in (["one", "two"], [[111, 110, 101], [116, 119, 111]]):
+        found = client.completions.create(
+            model=NAME, prompt=prompt, n=2, temperature=1.5, top_p=0.9, presence_penalty=0.5, seed=7, max_tokens=5
+        )
+        options = {"sampler": sampler, "max_tokens": 5}
+        texts = [expected(pair, p, seed=7 + i, **options).text for p in ("one", "two") for i in (0, 1)]
+        assert [choice.text for choice in found.choices] == texts
+        assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
+
+
+def test_a_chat_and_its_stream(client, pair):
+    parts = [{"type": "text", "text": "hi"}]
+    messages = [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
+    options = {"model": NAME, "messages": messages, "temperature": 0, "max_completion_tokens": 12}
+    whole = client.chat.completions.create(**options)
+    one = expected(pair, "[sbe brief][uhi][a", max_tokens=12)
+    assert (whole.choices[0].message.content, whole.choices[0].finish_reason) == (one.text, one.finish_reason)
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == one.text
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + [one.finish_reason]
+    assert (chunks[-1].choices, chunks[-1].usage.total_tokens) == ([], whole.usage.total_tokens)
+    assert {chunk.usage for chunk in chunks[:-1]} == {None}
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_streams_of_several_choices_each_add_up(client):
+    options = {"model": NAME, "prompt": ["a", "bc"], "n": 2, "seed": 3, "max_tokens": 10}
+    whole = client.completions.create(**options)
+    texts, reasons = [""] * 4, [None] * 4
+    for chunk in client.completions.create(**options, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason or reasons[choice.index]
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+
+
+def test_stop_strings_and_echo(client, pair):
+    free = expected(pair, "go").text
+    stop = free[4:6]
+    found = client.completions.create(model=NAME, prompt="go", temperature=0, stop=["never", stop]).choices[0]
+    assert (found.text, found.finish_reason) == (free[: free.index(stop)], "stop")
+    options = {"model": NAME, "prompt": ["go", "on"], "temperature": 0, "echo": True}
+    echoed = client.completions.create(**options).choices
+    assert [choice.text for choice in echoed] == ["go" + free, "on" + expected(pair, "on").text]
+    texts = ["", ""]
+    for chunk in client.completions.create(**options, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in echoed]
+
+
+def test_log_probabilities(client, pair):
+    one = expected(pair, "hello", logprobs=2)
+    told = client.completions.create(model=NAME, prompt="hello", temperature=0, logprobs=2).choices[0].logprobs
+    assert told.token_logprobs == pytest.approx([each.chosen for each in one.logprobs], abs=1e-4)
+    assert told.tokens == [pair[1].decode([token], skip_special=False) for token in one.tokens]
+    names = [{pair[1].decode([token], skip_special=False) for token, _ in each.top} for each in one.logprobs]
+    assert [set(top) for top in told.top_logprobs] == names
+    chat = expected(pair, "[uhello][a", logprobs=3)
+    options = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 16}
+    content = client.chat.completions.create(**options, logprobs=True, top_logprobs=3).choices[0].logprobs.content
+    assert [entry.logprob for entry in content] == pytest.approx([each.chosen for each in chat.logprobs], abs=1e-4)
+    for entry, each in zip(content, chat.logprobs, strict=True):
+        assert [top.logprob for top in entry.top_logprobs] == pytest.approx([v for _, v in each.top], abs=1e-4)
+    streamed = client.chat.completions.create(**options, logprobs=True, stream=True)
+    told = [entry for chunk in streamed if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert [entry.logprob for entry in told] == pytest.approx([entry.logprob for entry in content], abs=1e-4)
+
+
+def test_a_prompt_seen_before_is_told_as_cached(client):
+    prompt = "x" * 40
+    counts = []
+    for _ in range(2):
+        usage = client.completions.create(model=NAME, prompt=prompt, max_tokens=1).usage
+        counts.append(usage.prompt_tokens_details.cached_tokens)
+    assert counts == [0, 32]
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def post(url: str, body, path: str = TEXT, **options) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json"} | options.pop("headers", {})
+    return httpx.post(url + path, content=content, headers=headers, timeout=60, **options)
+
+
+GOOD = {"model": NAME, "prompt": "x", "max_tokens": 2}
+TALK = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"temperature": "1"}, "temperature", "valid number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_k": 0}, "top_k", "greater than or equal to 1"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 9}, "n", "the largest batch"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 61}, "max_tokens", "at most 60, got 61"),
+        ({"max_tokens": True}, "max_tokens", "valid integer"),
+        ({"prompt": ""}, "prompt", "at least one token"),
+        ({"prompt": []}, "prompt", "at least one token"),
+        ({"prompt": [["a"]]}, "prompt", ""),
+        ({"prompt": [999]}, "prompt", r"ids in [0, 257)"),
+        ({"prompt": "x" * 96}, "prompt", "shorter than the model's context of 96 tokens"),
+        ({"prompt": ["x"] * 129}, "prompt", "at most 128 prompts"),
+        ({"stop": [""]}, "stop", "aren't empty"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
+        ({"echo": True, "logprobs": 1}, "echo", "must be false with logprobs"),
+        ({"best_of": 3}, "best_of", "must be n"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "must go with stream"),
+        ({"logit_bias": {"5": 1.0}}, "logit_bias", ""),
+        ({"suffix": "x"}, "suffix", ""),
+        ({"surprise": 1}, "surprise", "not supported"),
+        ({"model": "other"}, "model", "must be 'tiny'"),
+        ({"model": None}, "model", "valid string"),
+    ],
+)
+def test_what_a_completion_cannot_be_is_refused_by_name(server, changes, param, words):
+    response = post(server[0], GOOD | changes)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (404 if "other" in changes.values() else 400, param)
+    assert error["type"] == "invalid_request_error"
+    assert words in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"max_completion_tokens": 61}, "max_completion_tokens"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)
+def test_what_a_chat_cannot_be_is_refused_by_name(server, changes, param):
+    response = post(server[0], TALK | changes, CHAT)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"{", {}, 400),
+        (b"\xff\xfe", {}, 400),
+        (b"[" * 4000, {}, 400),
+        (b'{"model": "tiny", "prompt": "\\ud800"}', {}, 400),
+        (b'{"model": "tiny", "prompt": "x", "temperature": NaN}', {}, 400),
+        (b"", {}, 400),
+        (b"null", {}, 400),
+        (json.dumps(GOOD).encode(), {"content-type": "text/plain"}, 415),
+        (b"x" * 5001, {}, 413),
+    ],
+)
+def test_what_is_no_request_is_refused(server, body, headers, status):
+    response = post(server[0], body, headers=headers)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+def test_a_body_that_grows_too_large_is_refused_as_it_comes(server):
+    pieces = (b" " * 1000 for _ in range(20))
+    response = httpx.post(server[0] + TEXT, content=pieces, headers={"content-type": "application/json"})
+    assert response.status_code == 413
+
+
+def test_unknown_paths_and_methods_are_errors_of_the_same_form(server):
+    assert httpx.get(server[0] + "/v1/engines").json()["error"]["message"] == "GET /v1/engines: Not Found"
+    assert httpx.get(server[0] + TEXT).status_code == 405
+    assert httpx.get(server[0] + "/docs").status_code == 404
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+FIELDS = st.sampled_from(
+    ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "logprobs",
+     "stream", "stream_options", "echo", "best_of", "user", "tools", "presence_penalty", "min_p", "logit_bias"]
+)  # fmt: skip
+
+
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from([CHAT, TEXT]),
+    changes=st.dictionaries(FIELDS | st.text(max_size=5), JSON, max_size=4),
+    whole=st.none() | JSON,
+)
+def test_whatever_is_asked_the_answer_is_a_refusal_or_right(server, path, changes, whole):
+    url = server[0]
+    body = whole if whole is not None else (TALK if path == CHAT else GOOD) | changes
+    response = post(url, body, path)
+    assert response.status_code == 200 or 400 <= response.status_code < 500, response.text
+    if response.status_code >= 400:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert httpx.get(url + "/health").json() == {"status": "ok"}
+
+
+# ---------------------------------------------------------------------- keys, limits, load
+
+
+def test_keys(pair):
+    engine = engine_of(pair)
+    with serving(engine, api_keys=["first", "second"]) as url:
+        for key in ("first", "second"):
+            assert openai.OpenAI(base_url=url + "/v1", api_key=key).models.list().data[0].id == NAME
+        for given in (None, "Bearer wrong", "Basic first", "first", "Bearer ", "Bearer first second"):
+            response = post(url, GOOD, headers={} if given is None else {"authorization": given})
+            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert httpx.get(url + "/health").status_code == 200  # what watches the server needs no key
+    with pytest.raises(ValueError, match="api_keys must not be empty strings"):
+        create_app(engine, NAME, api_keys=["good", ""])
+    with pytest.raises(ValueError, match="max_tokens must be positive, got 0"):
+        Limits(max_tokens=0)
+
+
+def test_a_full_queue_is_told_and_passes(pair):
+    engine = engine_of(pair, max_batch=1, max_queue=1)
+    with serving(engine) as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
+        options = {"model": NAME, "prompt": "x", "max_tokens": 80, "temperature": 0}
+        refused, done = [], []
+
+        def ask():
+            try:
+                done.append(client.completions.create(**options))
+            except openai.RateLimitError as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert refused
+        assert done
+        assert refused[0].code == "queue_full"
+        assert refused[0].response.headers["retry-after"] == "1"
+        assert f"heddle_requests_refused_total {float(len(refused))}" in httpx.get(url + "/metrics").text
+        # Several prompts are taken in all together or not at all.
+        assert post(url, options | {"prompt": ["x"] * 9}).status_code == 429
+        client.completions.create(**options)
+    assert engine.scheduler.blocks.held == 0
+
+
+def test_an_answer_that_takes_too_long_is_broken_off(pair):
+    with serving(engine_of(pair), limits=Limits(seconds=0.001)) as url:
+        response = post(url, GOOD | {"max_tokens": 90})
+        assert (response.status_code, response.json()["error"]["code"]) == (408, "timeout")
+        response = post(url, GOOD | {"max_tokens": 90, "stream": True})
+        assert response.status_code == 200  # what went before can't be taken back: the error is an event
+        assert json.loads(response.text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+def test_a_client_that_vanishes_frees_its_blocks(pair):
+    engine = engine_of(pair)
+    body = {"model": NAME, "prompt": "x", "max_tokens": 90, "temperature": 0}
+    with serving(engine) as url:
+        with httpx.stream("POST", url + TEXT, json=body | {"stream": True}, timeout=60) as response:
+            next(response.iter_lines())
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url + TEXT, json=body | {"n": 8}, timeout=httpx.Timeout(60, read=0.01))
+        deadline = time.monotonic() + 60
+        while engine.running or engine.waiting or engine.scheduler.blocks.held:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert post(url, body).status_code == 200
+    assert engine.counters.finished["cancelled"] >= 8
+
+
+def test_sixty_four_clients_of_whom_a_third_vanish(pair):
+    """All others complete, each with the answer it gets alone; no block is lost."""
+    engine = engine_of(pair)
+    prompts = ["abcdefghij"[: 1 + i % 7] * (1 + i % 5) for i in range(64)]
+    lengths = [5 + 11 * i % 50 for i in range(64)]
+    answers: dict[int, str] = {}
+    with serving(engine) as url:
+
+        def ask(i: int) -> None:
+            client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0, timeout=300)
+            options = {"model": NAME, "prompt": prompts[i], "temperature": 0, "max_tokens": lengths[i]}
+            if i % 3 == 1:
+                answers[i] = client.completions.create(**options).choices[0].text
+                return
+            with client.completions.create(**options, stream=True) as stream:
+                text = ""
+                for count, chunk in enumerate(stream):
+                    text += chunk.choices[0].text
+                    if i % 3 == 0 and count == i % 4:
+                        return  # without a word
+                answers[i] = text
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        deadline = time.monotonic() + 60
+        while engine.running or engine.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        text = httpx.get(url + "/metrics").text
+        assert 'heddle_cache_blocks{state="held"} 0.0' in text
+        assert "heddle_sequences_running 0.0" in text
+    assert {i for i in range(64) if i % 3} <= set(answers)
+    for i, answer in answers.items():
+        assert answer == expected(pair, prompts[i], max_tokens=lengths[i]).text
+    assert engine.scheduler.blocks.available == engine.scheduler.blocks.count
+
+
+def test_the_page_and_the_metrics(server):
+    page = httpx.get(server[0] + "/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    metrics = httpx.get(server[0] + "/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain")
+    for name in ("heddle_requests_total", "heddle_first_token_seconds_bucket", "heddle_http_responses_total"):
+        assert name in metrics.text
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_take_no_more_memory(pair):
+    import psutil
+
+    engine, process = engine_of(pair), psutil.Process()
+    with serving(engine) as url, httpx.Client(base_url=url, timeout=60) as client:
+
+        def ask(count: int) -> int:
+            for i in range(count):
+                body = GOOD | {"prompt": f"request {i}", "max_tokens": 3, "stream": i % 2 == 0, "temperature": 0}
+                assert client.post(TEXT, json=body).status_code == 200
+            return process.memory_info().rss
+
+        before = ask(400)
+        after = ask(2000)
+    assert after - before < 30e6
+    assert engine.scheduler.blocks.held == 0
+    assert not engine._handles

@@ -1,0 +1,166 @@
+"""The chat page in headless Chromium: types, streams, stops, and outlives its server."""
+
+import contextlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+from servers import load, save, serving
+
+from heddle.jax.engine import Engine
+
+
+def chromium() -> str | None:
+    """Playwright's own, if it is installed (None), or the system's."""
+    with sync_playwright() as session:
+        if Path(session.chromium.executable_path).exists():
+            return None
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "missing")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    executable = chromium()
+    if executable == "missing":
+        pytest.skip("no Chromium here: `python -m playwright install chromium`, or the system's package")
+    # In a container Chromium's own sandbox can't be had as root.
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with (
+        sync_playwright() as session,
+        contextlib.closing(session.chromium.launch(executable_path=executable, args=arguments)) as browser,
+    ):
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    save(folder)
+    return load(folder)
+
+
+class Slow(Engine):
+    """A model so small that nobody could stop its answers: each step waits a little."""
+
+    def step(self) -> bool:
+        time.sleep(0.03)
+        return super().step()
+
+
+def engine_of(pair) -> Engine:
+    return Slow(*pair, max_batch=4, blocks=24, block_size=16, prefill_chunk=32)
+
+
+@pytest.fixture
+def page(browser):
+    context = browser.new_context(color_scheme="light")
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    asked: list[str] = []
+    page.asked = asked
+    yield page
+    context.close()
+    assert not errors
+
+
+def test_it_streams_and_stops_with_the_keyboard_alone(page, pair):
+    with serving(engine_of(pair)) as url:
+        page.goto(url)
+        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        assert page.evaluate("document.activeElement.id") == "prompt"
+        page.keyboard.type("hello")
+        page.keyboard.press("Shift+Enter")
+        page.keyboard.type("there")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".message.user")
+        assert page.inner_text(".message.user") == "hello\nthere"
+        # It grows while it comes.
+        page.wait_for_function("document.querySelector('.assistant .text')?.textContent.length > 2")
+        assert page.is_visible("#stop")
+        length = len(page.text_content(".assistant .text"))
+        page.wait_for_function(f"document.querySelector('.assistant .text').textContent.length > {length + 3}")
+        page.keyboard.press("Escape")
+        page.wait_for_selector(".assistant .note:has-text('stopped')")
+        assert page.is_visible("#send")
+        # What was said is kept over a reload, and forgotten on demand.
+        text = page.text_content(".assistant .text")
+        page.reload()
+        page.wait_for_selector(".assistant")
+        assert page.text_content(".assistant .text") == text
+        page.click("#new")
+        assert page.locator(".message").count() == 0
+        assert all(asked.startswith((url, "data:")) for asked in page.asked)  # no outside assets
+
+
+def test_settings_are_sent_and_the_dark_mode_is_kept(page, pair):
+    with serving(engine_of(pair)) as url:
+        page.goto(url)
+        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        page.click("#open-settings")
+        page.fill("#system", "be brief")
+        page.fill("#max_tokens", "3")
+        page.fill("#temperature", "0")
+        page.fill("#seed", "7")
+        page.keyboard.press("Escape")
+        page.click("#theme")
+        assert page.get_attribute("html", "data-theme") == "dark"
+        with page.expect_request("**/v1/chat/completions") as sent:
+            page.fill("#prompt", "hi")
+            page.click("#send")
+        body = sent.value.post_data_json
+        assert body["messages"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+        assert (body["max_tokens"], body["temperature"], body["seed"], body["stream"]) == (3, 0, 7, True)
+        page.wait_for_selector(".assistant .note:has-text('3 tokens')")
+        page.reload()
+        assert page.get_attribute("html", "data-theme") == "dark"
+
+
+def test_what_a_model_says_is_never_html(page, pair):
+    with serving(engine_of(pair)) as url:
+        page.goto(url)
+        page.evaluate(
+            """localStorage.setItem("heddle messages", JSON.stringify([
+            {role: "user", content: "<img src=x onerror=alert(1)>"},
+            {role: "assistant", content: "see\\n```html\\n<b>bold</b>\\n```\\nend"}]))"""
+        )
+        page.reload()
+        page.wait_for_selector(".assistant")
+        assert page.inner_text(".message.user") == "<img src=x onerror=alert(1)>"
+        assert page.inner_text(".assistant pre") == "<b>bold</b>\n"
+        assert page.locator("main img, main b").count() == 0
+
+
+def test_it_outlives_its_server(page, pair):
+    with serving(engine_of(pair)) as url:
+        page.goto(url)
+        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        page.fill("#prompt", "first")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".assistant .note:has-text('tokens')")
+    page.fill("#prompt", "second")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#notice:has-text('The server is gone')")
+    assert page.input_value("#prompt") == "second"  # not lost
+    with serving(engine_of(pair), port=int(url.rpartition(":")[2])):
+        page.wait_for_function("document.querySelector('#notice').textContent === ''")
+        page.click("#send")
+        page.wait_for_function("document.querySelectorAll('.assistant .note').length === 2")
+        page.wait_for_selector(".assistant:last-child .note:has-text('tokens')")
+        assert page.locator(".message.user").count() == 2
+
+
+def test_a_wrong_key_is_told(page, pair):
+    with serving(engine_of(pair), api_keys=["secret"]) as url:
+        page.goto(url)
+        page.wait_for_selector("#notice:has-text('An API key goes into the settings')")
+        page.click("#open-settings")
+        page.fill("#key", "secret")
+        page.click("#settings button.main")
+        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        assert page.text_content("#notice") == ""

@@ -1,0 +1,82 @@
+"""The server's process: it says where it is, finishes what is under way when told to stop, and leaves."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+from servers import save
+
+LONG = {"model": "model", "prompt": "x", "max_tokens": 90, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("served") / "model"
+    save(path)
+    return path
+
+
+def heddle(*arguments: str, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "heddle", "serve", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_told_to_stop_it_finishes_and_leaves(folder, tmp_path):
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "HEDDLE_API_KEYS": "one two"}
+    process = heddle("--model", str(folder), "--port", "0", "--max-batch", "2", env=environment)
+    try:
+        lines = iter(process.stderr.readline, "")
+        line = next(line for line in lines if " at http://" in line)
+        name, url = line.split()[0], line.split()[-1]
+        assert (name, url.rpartition(":")[0]) == ("model", "http://127.0.0.1")
+        keyed = httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=120)
+        assert keyed.post("/v1/completions", json=LONG | {"max_tokens": 1}).status_code == 200
+        assert httpx.post(url + "/v1/completions", json=LONG).status_code == 401
+
+        streamed: list[str] = []
+        begun = threading.Event()
+
+        def read() -> None:
+            with keyed.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as response:
+                for line in response.iter_lines():
+                    streamed.append(line)
+                    begun.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert begun.wait(60)
+        process.send_signal(signal.SIGTERM)
+        reader.join()
+        assert streamed[-2] == "data: [DONE]"
+        assert sum('"text"' in line for line in streamed) > 1
+        assert '"finish_reason": "length"' in "".join(streamed)
+        assert process.wait(timeout=60) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url + "/health")
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
+def test_what_cannot_be_is_one_line(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, message in (
+            (["--port", port], f"cannot listen at 127.0.0.1, port {port}: "),
+            (["--port", "70000"], "port must be in [0, 65536), got 70000"),
+            (["--port", "0", "--max-tokens", "0"], "max_tokens must be positive, got 0"),
+            (
+                ["--port", "0", "--model", str(folder), "--block-size", "5"],
+                "block_size must be 16, 32, 64 or 128",
+            ),
+        ):
+            process = heddle(*arguments)
+            _, error = process.communicate(timeout=120)
+            assert process.returncode == 2
+            assert error.splitlines()[-1].startswith("heddle: " + message)
+            assert len(error.splitlines()) <= 2  # the model may have been loaded
