@@ -194,12 +194,11 @@ class Engine:
         if block_size not in (16, 32, 64, 128):
             raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size}")
         context = model.config.max_position_embeddings
-        if blocks is None:
-            blocks = max_batch * -(-min(context, 1024) // block_size)
+        count = max_batch * -(-min(context, 1024) // block_size) if blocks is None else blocks
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
-        self.room = min(context, blocks * block_size)  #: tokens of one sequence, at most
+        self.room = min(context, count * block_size)  #: tokens of one sequence, at most
         self.counters = Counters()
-        self._sizes = (blocks, block_size, max_batch, prefill_chunk)
+        self._sizes = (count, block_size, max_batch, prefill_chunk)
         self._preemptions = 0
         self._reset()
         self._condition = threading.Condition()
@@ -211,8 +210,9 @@ class Engine:
 
     def _reset(self) -> None:
         blocks, block_size, max_batch, prefill_chunk = self._sizes
-        if hasattr(self, "scheduler"):
+        if hasattr(self, "_device"):
             self._preemptions = self.preemptions
+            del self._device  # before there is another: a pool may take most of the memory
         self.scheduler = Scheduler(Blocks(blocks, block_size), max_batch, prefill_chunk)
         self._device = Device(self.model, blocks, block_size)
 
