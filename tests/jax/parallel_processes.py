@@ -56,7 +56,7 @@ def main(address: str, processes: int, process: int) -> None:
 
 
 def dilated_attention(mesh) -> None:
-    """Segments within a device's part, over two devices of different processes, and over all."""
+    """Segments within a device's part, over the devices of one process, and over all."""
     rng, lists = np.random.default_rng(0), ([8, 2 * SEQ // mesh.size, SEQ], [1, 2, 3])
     inputs = rng.normal(size=(4, 2, SEQ, 4, 8)).astype(np.float32)
     want = dilated_oracle.dilated(

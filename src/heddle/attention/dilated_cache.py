@@ -27,7 +27,7 @@ from .arrays import (
     to_numpy,
 )
 from .attend import attend, check, score_scale
-from .dilated import Columns, Pattern, check_patterns, decode_slot, dilated_attention
+from .dilated import Pattern, check_patterns, decode_slot, dilated_attention
 from .dilated_continue import continued
 from .mask import Mask
 from .merge import merge
@@ -174,28 +174,24 @@ def _prefill(
 
 def _rings_and_new(
     cache: DilatedCache, patterns: Sequence[Pattern], heads: int, key: Array, value: Array, number: int
-) -> tuple[Columns, Columns, Callable[[Array], Array], int]:
-    """By head, a pattern's ring and the new keys behind it: a source of keys for
+) -> tuple[Array, Array, Callable[[Array], Array], Array]:
+    """A pattern's rings and the new keys behind them: a source of keys for
     :func:`~heddle.attention.dilated_continue.continued`."""
     pattern = patterns[number]
     rings, group, before = _rings(pattern, heads, key.shape[2]), heads // key.shape[2], cache.lengths[:, None, None]
+    head, of_ring = arange(heads, key), arange(rings.count, key) // rings.per_key_head
 
-    def columns(held: Array, x: Array) -> Columns:
-        ring = [h // group * rings.per_key_head + h % group % rings.per_key_head for h in range(heads)]
-        return Columns(
-            [
-                namespace(x).concat(
-                    [namespace(x).astype(held[:, ring[h]], x.dtype, copy=False), x[:, :, h // group]], axis=1
-                )
-                for h in range(heads)
-            ]
-        )
+    def behind(held: Array, x: Array) -> Array:  # (batch, slots + new, rings, dim)
+        xp = namespace(x)
+        held = xp.astype(xp.permute_dims(held, (0, 2, 1, 3)), x.dtype, copy=False)
+        return xp.concat([held, x[:, :, of_ring]], axis=1)
 
     def place(at: Array) -> Array:
         slot = at % pattern.length // pattern.rate
         return namespace(at).where(at < before, slot, rings.slots + at - before)
 
-    return columns(cache.keys[number], key), columns(cache.values[number], value), place, 1
+    ring = head // group * rings.per_key_head + head % group % rings.per_key_head
+    return behind(cache.keys[number], key), behind(cache.values[number], value), place, ring
 
 
 def dilated_decode(

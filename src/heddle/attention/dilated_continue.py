@@ -12,9 +12,9 @@ from typing import Literal, overload
 
 from jaxtyping import Float, Int
 
-from .arrays import Array, accumulator_dtype, arange, asarray_like, clip, is_concrete, namespace, pick
+from .arrays import Array, accumulator_dtype, arange, asarray_like, clip, framework, is_concrete, namespace, pick
 from .attend import attend, check, score_scale
-from .dilated import Columns, Pattern, Tokens, _blank, _whole, check_patterns
+from .dilated import Pattern, Tokens, check_patterns
 from .merge import merge
 
 
@@ -68,8 +68,8 @@ def dilated_continue(
             )
     positions, first = asarray_like(positions, query), asarray_like(begin, query)[:, None, None]
 
-    def source(number: int) -> tuple[Array, Array, Callable[[Array], Array], int]:
-        return key, value, lambda at: first + at, query.shape[2] // key.shape[2]
+    def source(number: int) -> tuple[Array, Array, Callable[[Array], Array], Array]:
+        return key, value, lambda at: first + at, arange(query.shape[2], query) // (query.shape[2] // key.shape[2])
 
     out, lse = continued(query, patterns, positions, source, score_scale(query, scale), implementation)
     return (out, lse) if return_lse else out
@@ -79,35 +79,58 @@ def continued(
     query: Float[Array, "batch q_len heads dim"],
     patterns: Sequence[Pattern],
     positions: Int[Array, "batch q_len"],
-    source: Callable[[int], tuple[Array | Columns, Array | Columns, Callable[[Array], Array], int]],
+    source: Callable[[int], tuple[Array, Array, Callable[[Array], Array], Array]],
     scale: float,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch q_len heads value_dim"], Float[Array, "batch q_len heads"]]:
     """``(out, lse)`` of :func:`dilated_continue`, wherever keys lie.
 
-    ``source(number)`` gives, for a pattern, keys, values, the place among them of a key at a position of its row's
-    document, and how many of query's heads share one of theirs. Places of keys that nobody sees may be anywhere.
+    ``source(number)`` gives, for a pattern, keys and values ``(batch, places, columns, dim)``, the place among them of
+    a key at a position of its row's document, and which column each of query's heads sees. Places of keys that nobody
+    sees may be anywhere.
     """
-    xp, heads, wide = namespace(query), query.shape[2], accumulator_dtype(query)
-    out = lse = None
+    xp, (_, new, heads, _), wide, merged = namespace(query), query.shape, accumulator_dtype(query), None
+    each = arange(heads, query)
     for number, pattern in enumerate(patterns):
-        key, value, place, group = source(number)
-        if out is None:
-            rows = value[0] if isinstance(value, Columns) else value
-            like = xp.broadcast_to(query[:, :, :1, :1], (*query.shape[:2], 1, rows.shape[-1]))
-            out = _blank(like, heads, 0.0, (query, rows))
-            lse = _blank(like[..., 0], heads, -float("inf"), (query, rows))
-        asked, index = _continuing(pattern, heads, positions)
-        keys = (key[0] if isinstance(key, Columns) else key).shape[1]
-        kept = Tokens(clip(place(index), 0, keys - 1), index, index, range(heads))
-        part = attend(
-            asked.rows(query, 1), kept.rows(key, group), kept.rows(value, group), asked.mask(query),
+        key, value, place, column = source(number)
+        asked, at = _continuing(pattern, heads, positions)
+        at = clip(place(at), 0, key.shape[1] - 1)
+        out, lse = attend(
+            _take(query, asked.index, each), _take(key, at, column), _take(value, at, column), asked.mask(query),
             scale=scale, implementation=implementation, return_lse=True,
         )  # fmt: skip
-        part = merge([(asked.rows(out, 1), asked.rows(lse, 1)), (xp.astype(part[0], wide, copy=False), part[1])])
-        asked.put(out, part[0], 1)
-        asked.put(lse, part[1], 1)
-    return xp.astype(_whole(out), query.dtype, copy=False), _whole(lse)
+        out = xp.astype(out, wide, copy=False)
+        part = _put(out, asked.index, new, 0.0), _put(lse[..., None], asked.index, new, -float("inf"))[..., 0]
+        merged = part if merged is None else merge([merged, part])
+    assert merged is not None
+    return xp.astype(merged[0], query.dtype, copy=False), merged[1]
+
+
+def _take(
+    x: Float[Array, "batch places columns dim"], index: Int[Array, "batch offsets n"], column: Int[Array, " heads"]
+) -> Array:
+    """The places that heads at each offset keep, ``(batch * offsets, n, heads / offsets, dim)`` as :class:`Tokens` has
+    it: all heads at once, as to compile an operation a head takes long."""
+    xp, (batch, offsets, n), heads = namespace(x), index.shape, column.shape[0]
+    whole = index[:, arange(heads, index) % offsets]  # (batch, heads, n)
+    rows = x[arange(batch, index)[:, None, None], whole, column[:, None]]
+    rows = xp.reshape(rows, (batch, heads // offsets, offsets, n, x.shape[3]))
+    return xp.reshape(xp.permute_dims(rows, (0, 2, 3, 1, 4)), (batch * offsets, n, heads // offsets, x.shape[3]))
+
+
+def _put(rows: Array, index: Int[Array, "batch offsets n"], new: int, fill: float) -> Array:
+    """Rows as :func:`_take` gives them back to where they stood, ``(batch, new, heads, dim)``; the rest is ``fill``."""
+    xp, (batch, offsets, n), (_, _, share, dim) = namespace(rows), index.shape, rows.shape
+    rows = xp.permute_dims(xp.reshape(rows, (batch, offsets, n, share, dim)), (0, 3, 1, 2, 4))
+    rows = xp.reshape(rows, (batch, share * offsets, n, dim))
+    head = arange(share * offsets, index)
+    place = arange(batch, index)[:, None, None], index[:, head % offsets], head[:, None]
+    device = {"device": rows.device} if framework(rows) == "torch" else {}
+    blank = xp.full((batch, new, share * offsets, dim), fill, dtype=rows.dtype, **device)
+    if framework(rows) == "jax":
+        return blank.at[place].set(rows)
+    blank[place] = rows
+    return blank
 
 
 def _continuing(pattern: Pattern, heads: int, positions: Array) -> tuple[Tokens, Int[Array, "batch offsets keys"]]:
