@@ -30,9 +30,11 @@ class Refusal(Exception):
 
 
 def refuse_invalid(error: ValidationError) -> Refusal:
-    """The first of a body's mistakes, by its field's name."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    # Of a union pydantic tells each alternative's failure; their names, and pydantic's for validators, say nothing.
+    """One of a body's mistakes, by its field's name."""
+    # Of a union pydantic tells each alternative's failure: the one that got furthest is the one that was meant. The
+    # alternatives' names, and pydantic's for validators, say nothing.
+    errors = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max(errors, key=lambda each: len(each["loc"]))
     place = [str(part) for part in first["loc"] if isinstance(part, int) or part in _NAMES]
     param = ".".join(place) or None
     message = first["msg"].removeprefix("Value error, ")
