@@ -129,11 +129,11 @@ def _across(
     sent = jnp.minimum(plan.kept, length - 1)
     pairs = jnp.concatenate([by_head(x, sent, group) for x in (key, value)], axis=-1)
     groups = tuple(tuple(range(i, i + plan.block)) for i in range(0, ranks, plan.block))
-    pairs = _gather(jnp.swapaxes(pairs, 1, 2), axis, groups)
+    gathered: Any = _gather(jnp.swapaxes(pairs, 1, 2), axis, groups)
     # Heads stand in the batch: each sees keys of its own.
-    pairs = by_head(pairs, plan.keys, 1).reshape(batch * heads, -1, 1, pairs.shape[-1])
+    pairs = by_head(gathered, plan.keys, 1).reshape(batch * heads, -1, 1, gathered.shape[-1])
     keys, values = pairs[..., : key.shape[3]], pairs[..., key.shape[3] :]
-    mask = Mask(*(jnp.tile(x, (batch, 1)) for x in (plan.start, plan.stop)))
+    mask = Mask(jnp.tile(plan.start, (batch, 1)), jnp.tile(plan.stop, (batch, 1)))
     out, lse = attend(by_head(query, sent, 1).reshape(batch * heads, -1, 1, query.shape[3]), keys, values, mask)
     out, lse = (x.reshape(batch, heads, -1, *x.shape[3:]).astype(lse.dtype) for x in (out, lse))
 
