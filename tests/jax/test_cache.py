@@ -36,10 +36,18 @@ def write(cache, layer, key, value, real):
     return cache.attend(layer, jnp.concatenate([key, key], axis=2), key, value, cache.step(real))
 
 
+def kept(cache, layer):
+    """The layer's keys, as the values lie: ``(rows, kv_heads, slots, head_dim)``."""
+    keys = np.asarray(cache.keys[layer]).swapaxes(3, 4)
+    return keys.reshape(*keys.shape[:2], -1, keys.shape[4])
+
+
 def test_it_begins_empty():
     cache = KVCache.empty(CONFIG, 3, 10, jnp.bfloat16)
     assert (cache.batch, cache.replicas, cache.max_len, cache.layers) == (3, 1, 10, 2)
-    assert {(a.shape, a.dtype) for a in (*cache.keys, *cache.values)} == {((3, 2, 10, 8), jnp.dtype("bfloat16"))}
+    assert {(a.shape, a.dtype) for a in cache.keys} == {((3, 2, 1, 8, 64), jnp.dtype("bfloat16"))}
+    assert {(a.shape, a.dtype) for a in cache.values} == {((3, 2, 64, 8), jnp.dtype("bfloat16"))}
+    assert KVCache.empty(CONFIG, 3, 65).keys[0].shape == (3, 2, 2, 8, 64)
     np.testing.assert_array_equal(cache.lengths, [0, 0, 0])
 
 
@@ -50,12 +58,12 @@ def test_tokens_go_after_those_before_them_and_padding_nowhere():
     new = jnp.arange(2 * 3 * 2 * 8, dtype=jnp.float32).reshape(2, 3, 2, 8) + 1
     written = write(cache, 1, new, -new, valid)[1].advance(valid.sum(1))
     np.testing.assert_array_equal(written.lengths, [5, 4])
-    expected = np.zeros((2, 2, 6, 8), np.float32)
+    expected = np.zeros((2, 2, 64, 8), np.float32)
     expected[0, :, 3:5] = np.swapaxes(new[0, :2], 0, 1)
     expected[1, :, 1:4] = np.swapaxes(new[1], 0, 1)
-    np.testing.assert_array_equal(written.keys[1], expected)
+    np.testing.assert_array_equal(kept(written, 1), expected)
     np.testing.assert_array_equal(written.values[1], -expected)
-    np.testing.assert_array_equal(written.keys[0], np.zeros_like(expected))
+    np.testing.assert_array_equal(kept(written, 0), np.zeros_like(expected))
 
 
 def test_each_query_sees_its_sequence_up_to_itself():
@@ -105,8 +113,11 @@ def test_decoding_a_ragged_batch_is_the_full_forward(name, pieces):
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(found[row], full[row, : length + more], rtol=0, atol=5e-5)
     np.testing.assert_array_equal(cache.lengths, lengths + more)
-    sizes = {keys.shape[2] for keys in cache.keys}
-    assert sizes == {"plain": {40}, "window": {6}}.get(name, {40, 6})
+    windows = {None if window is None else min(window, 40) for window in cache.windows}
+    assert windows == {"plain": {None}, "window": {6}}.get(name, {None, 6})
+    for layer, window in enumerate(cache.windows):  # a ring holds no more than its window
+        held = np.abs(kept(cache, layer)).max(axis=(0, 1, 3)) > 0
+        assert held.sum() == (33 if window is None else window)
 
 
 def test_replicas_that_begin_within_a_ring():
@@ -139,7 +150,7 @@ def test_int8_is_near_and_small(name):
         assert 1e-4 < error < 0.1
         np.testing.assert_allclose(got, other, rtol=0, atol=0.02 * np.abs(want).max())  # however the prompt is cut
     assert {x.dtype for x in (*cache.keys, *cache.values)} == {jnp.dtype("int8")}
-    slots = sum(keys.size for keys in cache.keys) // 8  # tokens and heads, of all layers
+    slots = sum(values.size for values in cache.values) // 8  # tokens and heads, of all layers
     counters = sum(x.nbytes for x in (cache.lengths, cache.starts) if x is not None)
     assert cache.nbytes == 2 * slots * (8 + 4) + counters
     assert wide.nbytes == 2 * slots * 8 * 4 + counters
@@ -150,7 +161,7 @@ def test_scales_are_of_each_token_and_head():
     key = key * jnp.array([1e-3, 1.0, 1e3])[:, None, None] * jnp.array([1.0, 50.0])[:, None]
     key = key.at[0, 1, 0].set(0)
     (_, cache) = write(KVCache.empty(CONFIG, 1, 4, jnp.int8), 0, key, key, jnp.ones((1, 3), bool))
-    back = np.asarray(cache.keys[0] * cache.key_scales[0][..., None]).swapaxes(1, 2)[:, :3]
+    back = (kept(cache, 0) * np.asarray(cache.key_scales[0])[..., None]).swapaxes(1, 2)[:, :3]
     largest = np.abs(key).max(-1, keepdims=True)
     assert (np.abs(back - key) <= largest * (0.5 / 127 + 1e-6)).all()
 
@@ -167,7 +178,7 @@ def test_bfloat16_is_near():
 def test_bytes_are_known_before_there_is_a_cache():
     model = tiny("some layers a window")
     planned = jax.eval_shape(lambda: model.empty_cache(4, 64, jnp.bfloat16))
-    assert planned.nbytes == model.empty_cache(4, 64, jnp.bfloat16).nbytes == 4 * 2 * 2 * (64 + 6) * 8 * 2 + 4 * 4
+    assert planned.nbytes == model.empty_cache(4, 64, jnp.bfloat16).nbytes == 4 * 2 * 2 * (64 + 64) * 8 * 2 + 4 * 4
 
 
 # ---------------------------------------------------------------------- sizes
@@ -217,7 +228,8 @@ def test_writing_past_the_end_is_refused_before_and_never_wraps():
         return write(cache, 0, new, new, jnp.ones((2, 2), bool))[1]
 
     written = jax.jit(past)(cache)
-    np.testing.assert_array_equal(np.asarray(written.keys[0])[:, 0, :, 0], [[0, 1, 1, 0], [0, 0, 0, 1]])
+    np.testing.assert_array_equal(kept(written, 0)[:, 0, :4, 0], [[0, 1, 1, 0], [0, 0, 0, 1]])
+    assert not kept(written, 0)[:, :, 4:].any()
 
 
 def test_sizes_and_dtypes_are_checked():

@@ -158,7 +158,7 @@ def measure(
             "decode_quartiles_s": [q / tokens for q in timings[f"{name}: decode"].quartiles],
             "prefill_s": timings[f"{name}: prefill"].median,
             "weight_bytes": _bytes(contenders[name]),
-            "cache_bytes": sum(a.nbytes for a in (*cache.keys, *cache.values)),
+            "cache_bytes": cache.nbytes,
         }
 
     results = []

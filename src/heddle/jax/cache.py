@@ -21,6 +21,8 @@ from heddle.attention.replicas import replicate, stack_replicas
 from .model_config import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+BLOCK = 64  #: slots of a block of keys
+NOWHERE = 2**30  #: a slot that no cache has: what is written there isn't
 _STATIC: dict[str, Any] = {"metadata": {"static": True}}
 
 
@@ -162,14 +164,16 @@ class KVCache(Cache):
 
     Args:
         lengths, starts, max_len, layers: as of :class:`Cache`.
-        keys: of each layer ``(rows, kv_heads, slots, head_dim)``, rotated; slots are ``max_len``, or the window's.
-        values: as keys.
+        keys: of each layer ``(rows, kv_heads, blocks, head_dim, BLOCK)``, rotated: slot ``s`` is column ``s % BLOCK``
+            of block ``s // BLOCK``, as :mod:`heddle.jax.xla` reads the keys of few queries fastest.
+        values: of each layer ``(rows, kv_heads, slots, head_dim)``; slots are ``max_len``, or the window's, in whole
+            blocks.
         key_scales, value_scales: where those are int8, ``(rows, kv_heads, slots)`` of each layer: what they are times,
             for each token and head its largest magnitude / 127.
         windows: of each layer; None: it sees all.
     """
 
-    keys: tuple[Num[Array, "rows kv_heads _ dim"], ...]
+    keys: tuple[Num[Array, "rows kv_heads _ dim _"], ...]
     values: tuple[Num[Array, "rows kv_heads _ dim"], ...]
     key_scales: tuple[Float[Array, "rows kv_heads _"], ...] | None = None
     value_scales: tuple[Float[Array, "rows kv_heads _"], ...] | None = None
@@ -193,12 +197,14 @@ class KVCache(Cache):
         if dtype.name not in (*DTYPES, "int8"):
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or int8, got {dtype}")
         rows, windows = config.parscale_n * batch, config.windows
-        sizes = [(rows, config.kv_heads, _slots(window, max_len), config.dim) for window in windows]
+        blocks = [_blocks(_slots(window, max_len)) for window in windows]
+        heads = rows, config.kv_heads
         # One buffer each: they are donated, and a buffer can be donated once.
-        keys, values = (tuple(jnp.zeros(size, dtype) for size in sizes) for _ in range(2))
+        keys = tuple(jnp.zeros((*heads, n, config.dim, BLOCK), dtype) for n in blocks)
+        values = tuple(jnp.zeros((*heads, n * BLOCK, config.dim), dtype) for n in blocks)
         scales: list[Any] = [None, None]
         if dtype == jnp.int8:
-            scales = [tuple(jnp.zeros(size[:3], jnp.float32) for size in sizes) for _ in range(2)]
+            scales = [tuple(jnp.zeros((*heads, n * BLOCK), jnp.float32) for n in blocks) for _ in range(2)]
         return cls(
             keys=keys, values=values, key_scales=scales[0], value_scales=scales[1], windows=windows, max_len=max_len,
             layers=len(windows), lengths=jnp.zeros(batch, jnp.int32),
@@ -215,10 +221,12 @@ class KVCache(Cache):
         slots, seq, real = _slots(window, self.max_len), place.shape[1], place >= 0
         if slots == self.max_len:
             start = 0 * place if window is None else jnp.maximum(place + 1 - window, 0)
-            return _Step(jnp.where(real, place, slots), Mask(start, place + 1), None)
+            return _Step(
+                jnp.where(real & (place < slots), place, NOWHERE), Mask(start, jnp.minimum(place + 1, slots)), None
+            )
         if seq == 1:  # of a ring that holds the new token all that is written is seen, in whatever order
             stop = jnp.minimum(place + 1, slots)
-            return _Step(jnp.where(real, place % slots, slots), Mask(0 * stop, stop), None)
+            return _Step(jnp.where(real, place % slots, NOWHERE), Mask(0 * stop, stop), None)
         held, index = self.held[:, None], jnp.arange(seq, dtype=jnp.int32)
         after = jnp.maximum(held, jnp.max(place, axis=1, keepdims=True) + 1)
         last = real & (place >= after - slots)
@@ -226,7 +234,7 @@ class KVCache(Cache):
         start = jnp.maximum(jnp.maximum(index + 1, slots - held + first), 0)
         mask = Mask(jnp.where(real, start, 0), jnp.where(real, slots + index + 1, 0))
         order = (held + jnp.arange(slots, dtype=jnp.int32)) % slots  # from the oldest on
-        return _Step(jnp.where(last, place % slots, slots), mask, order)
+        return _Step(jnp.where(last, place % slots, NOWHERE), mask, order)
 
     def attend(
         self,
@@ -253,26 +261,29 @@ class KVCache(Cache):
         return attend(query, keys, values, mask, return_lse=True), cache
 
     def _of(self, layer: int):
-        """The layer's keys and values, each with its scales or None."""
+        """The layer's keys and values ``(rows, kv_heads, slots, head_dim)``, each with its scales or None."""
         scales = (None, None) if self.key_scales is None else (self.key_scales[layer], self.value_scales[layer])  # type: ignore[index]
-        return (self.keys[layer], scales[0]), (self.values[layer], scales[1])
+        keys = self.keys[layer].swapaxes(3, 4)
+        return (keys.reshape(*keys.shape[:2], -1, keys.shape[4]), scales[0]), (self.values[layer], scales[1])
 
     def _read(self, layer: int):
         return [tuple(None if x is None else x.swapaxes(1, 2) for x in pair) for pair in self._of(layer)]
 
     def _written(self, layer: int, key: tuple, value: tuple, slots: Int[Array, "rows seq"]) -> KVCache:
         rows = jnp.arange(slots.shape[0])[:, None]
+        by_slot = rows, slice(None), slots
+        by_block = rows, slice(None), slots // BLOCK, slice(None), slots % BLOCK
 
-        def put(buffers, new):
+        def put(buffers, new, where):
             if buffers is None:
                 return None
-            written = buffers[layer].at[rows, :, slots].set(new, mode="drop")
-            return (*buffers[:layer], written, *buffers[layer + 1 :])
+            return (*buffers[:layer], buffers[layer].at[where].set(new, mode="drop"), *buffers[layer + 1 :])
 
         (keys, key_scales), (values, value_scales) = key, value
         return replace(
-            self, keys=put(self.keys, keys), values=put(self.values, values),
-            key_scales=put(self.key_scales, key_scales), value_scales=put(self.value_scales, value_scales),
+            self, keys=put(self.keys, keys, by_block), values=put(self.values, values, by_slot),
+            key_scales=put(self.key_scales, key_scales, by_slot),
+            value_scales=put(self.value_scales, value_scales, by_slot),
         )  # fmt: skip
 
     def grow(self, max_len: int) -> KVCache:
@@ -295,6 +306,10 @@ def _slots(window: int | None, max_len: int) -> int:
     return max_len if window is None else min(window, max_len)
 
 
+def _blocks(slots: int) -> int:
+    return -(-slots // BLOCK)
+
+
 def _stored(x: Float[Array, "*shape dim"], dtype: Any) -> tuple[Array, Array | None]:
     """As it is kept: of int8, with the scales."""
     if dtype != jnp.int8:
@@ -311,12 +326,15 @@ def _restored(x: Num[Array, "*shape dim"], scale: Float[Array, "*shape"] | None,
 @partial(jax.jit, static_argnums=1)
 def _grown(cache: KVCache, max_len: int) -> KVCache:
     # A ring that is as long as the cache was has not gone round yet.
-    more = [_slots(window, max_len) - _slots(window, cache.max_len) for window in cache.windows]
+    more = [_blocks(_slots(window, max_len)) - _blocks(_slots(window, cache.max_len)) for window in cache.windows]
 
-    def padded(buffers):
+    def padded(buffers, slots):
         if buffers is None:
             return None
-        return tuple(jnp.pad(x, [(0, 0), (0, 0), (0, n), (0, 0)][: x.ndim]) for x, n in zip(buffers, more, strict=True))
+        return tuple(
+            jnp.pad(x, [(0, 0), (0, 0), (0, slots * n), *[(0, 0)] * (x.ndim - 3)])
+            for x, n in zip(buffers, more, strict=True)
+        )
 
-    names = "keys", "values", "key_scales", "value_scales"
-    return replace(cache, max_len=max_len, **{name: padded(getattr(cache, name)) for name in names})
+    names = {"keys": 1, "values": BLOCK, "key_scales": BLOCK, "value_scales": BLOCK}
+    return replace(cache, max_len=max_len, **{name: padded(getattr(cache, name), n) for name, n in names.items()})

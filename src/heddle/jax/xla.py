@@ -21,6 +21,9 @@ QUERY_ROWS = 512  #: rows of a tile of queries: queries times the query heads th
 KEYS = 256  #: keys of a tile
 STEP = 2**21  #: scores of one step, at most, if it takes more than one sequence
 FEW = 2**18  #: scores so few (decoding) that to cut tiles out of the keys would cost more than what is not seen
+ROWS = 16  #: rows of a tile of queries so few (decoding) that their product with keys takes as long as reading those
+WHOLE = 1024  #: keys that so few queries take at once, those that they don't see too
+BLOCK = 64  #: keys that such a product is fastest over, if they lie transposed in memory, as in a KVCache
 
 
 def unsupported(query: Array, key: Array, value: Array, mask: Mask) -> str | None:
@@ -93,15 +96,15 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _forward(mask, query, key, value, *, scale):
     walk = _Walk(mask, query, key)
     dtype, q_len = walk.dtype, query.shape[1]
-    query, key, value = walk.pad(query), walk.lay_out(key), walk.lay_out(value)
+    query, key, value = walk.pad(query), walk.lay_out_keys(key), walk.lay_out(value)
 
     def visit_queries(b, i, results):
         q = walk.queries(query, b, i)
 
         def visit_keys(j, state):
             highest, total, out = state
-            k, v = walk.keys(key, b, j), walk.keys(value, b, j)
-            s = walk.hide(scale * walk.dot(q, k, 3, 3), b, i, j)
+            v = walk.keys(value, b, j)
+            s = walk.hide(scale * walk.scores(q, key, b, j), b, i, j)
             raised = jnp.maximum(highest, jnp.max(s, axis=-1))
             finite = jnp.where(raised == -jnp.inf, 0, raised)  # of rows that have seen nothing yet
             p, keep = jnp.exp(s - finite[..., None]), jnp.exp(highest - finite)
@@ -109,13 +112,13 @@ def _forward(mask, query, key, value, *, scale):
             return raised, keep * total + jnp.sum(p, axis=-1), out
 
         zero = walk.zeros(q.shape[:3], dtype)
-        state = zero - jnp.inf, zero, walk.zeros((*q.shape[:3], value.shape[3]), dtype)
+        state = zero - jnp.inf, zero, walk.zeros((*q.shape[:3], value.shape[-1]), dtype)
         highest, total, out = walk.loop_keys(visit_keys, b, i, state)
         out = out / jnp.where(total == 0, 1, total)[..., None]
         return walk.put(results[0], out, b, i), walk.put(results[1], highest + jnp.log(total), b, i)
 
     shape = query.shape[:3]
-    results = walk.zeros((*shape, value.shape[3]), query.dtype), walk.zeros(shape, dtype)
+    results = walk.zeros((*shape, value.shape[-1]), query.dtype), walk.zeros(shape, dtype)
     out, lse = walk.loop_queries(visit_queries, results)
     return out[:, :q_len], lse[:, :q_len]
 
@@ -173,7 +176,9 @@ class _Walk:
         self.like = query
 
         self.block_q = _block(q_len, max(QUERY_ROWS // self.group, 64))
-        few = query.size // query.shape[3] * self.kv_len <= FEW and self.kv_len <= 2 * KEYS
+        rows = self.group * self.block_q
+        few_scores = query.size // query.shape[3] * self.kv_len <= FEW and self.kv_len <= 2 * KEYS
+        few = few_scores or (rows <= ROWS and q_len <= self.block_q and self.kv_len <= WHOLE)
         self.block_k = self.kv_len if few else _block(self.kv_len, KEYS)
         self.n_q, self.n_k = _ceil(q_len, self.block_q), _ceil(self.kv_len, self.block_k)
         self.padding = self.n_q * self.block_q - q_len
@@ -181,6 +186,7 @@ class _Walk:
         # With one tile of queries each key is read once. Then the heads are moved to the front at once, which costs
         # nothing if keys are a view of a cache that has them there. Else they are moved tile by tile.
         self.heads_first = self.n_q == 1
+        self.by_block = self.heads_first and rows <= ROWS and self.block_k % BLOCK == 0 and self.kv_len % BLOCK == 0
         # All sequences in one step where it would be small and they visit much the same tiles.
         small = self.batch * heads * self.block_q * self.block_k <= STEP
         together = small and (self.n_q == 1 or mask.start.shape[0] == 1)
@@ -204,7 +210,7 @@ class _Walk:
         """``carry = visit(j, carry)`` for every tile ``j`` of keys that tile ``i`` of the queries may see."""
         row = b if self.lo.shape[0] > 1 else 0
         lo, hi = self.lo[row, i], self.hi[row, i]
-        if self.n_k == 1:
+        if self.n_k == 1:  # the condition also keeps XLA from fusing a cache's update with this, and copying the cache
             return lax.cond((lo < hi) | (self.prefix > 0), partial(visit, 0), lambda carry: carry, carry)
         if not self.prefix:
             return lax.fori_loop(lo, hi, visit, carry)
@@ -231,6 +237,11 @@ class _Walk:
         """Keys or values as :meth:`keys` takes them."""
         return jnp.swapaxes(x, 1, 2) if self.heads_first else x
 
+    def lay_out_keys(self, x):
+        """Keys as :meth:`scores` takes them: of few queries in transposed blocks, what a KVCache's are already."""
+        x = self.lay_out(x)
+        return x.reshape(*x.shape[:2], -1, BLOCK, x.shape[3]).swapaxes(3, 4) if self.by_block else x
+
     def keys(self, x, b, j):
         """Tile ``j`` of keys or values."""
         sequences, keys = (b, self.sequences), (self._first_key(j), self.block_k)
@@ -242,6 +253,15 @@ class _Walk:
         """``x (batch, kv_heads, kv_len, dim)`` with ``tile`` added to its tile ``j``."""
         at = self._first_key(j)
         return _paste(x, tile + _cut(x, (b, self.sequences), (0, self.kv_heads), (at, self.block_k)), b, 0, at)
+
+    def scores(self, q, key, b, j):
+        """``q k^T``, unscaled, over tile ``j`` of keys."""
+        if not self.by_block:
+            return self.dot(q, self.keys(key, b, j), 3, 3)
+        blocks = self._first_key(j) // BLOCK, self.block_k // BLOCK
+        k = _cut(key, (b, self.sequences), (0, self.kv_heads), blocks)
+        q = jnp.broadcast_to(q[:, :, None], (*q.shape[:2], blocks[1], *q.shape[2:]))
+        return jnp.moveaxis(self.dot(q, k, 4, 3), 2, 3).reshape(*q.shape[:2], q.shape[3], self.block_k)
 
     def _first_key(self, j):
         # The last tile ends with the keys, so it begins within the one before; hide() lets it have only its own.
@@ -275,7 +295,8 @@ class _Walk:
         """Products of tiles, summed over an axis of each. In full precision, unless the user has set another."""
         set_by_user = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         precision = None if set_by_user else lax.Precision.HIGHEST
-        axes = (((axis_a,), (axis_b,)), ((0, 1), (0, 1)))
+        batch = tuple(range(a.ndim - 2))
+        axes = (((axis_a,), (axis_b,)), (batch, batch))
         return lax.dot_general(a, b, axes, precision=precision, preferred_element_type=self.dtype)
 
 
