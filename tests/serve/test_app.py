@@ -287,7 +287,7 @@ def test_keys(pair):
     with serving(engine, api_keys=["first", "second"]) as url:
         for key in ("first", "second"):
             assert openai.OpenAI(base_url=url + "/v1", api_key=key).models.list().data[0].id == NAME
-        for given in (None, "Bearer wrong", "Basic first", "first", "Bearer ", "Bearer first second"):
+        for given in (None, "Bearer wrong", "Basic first", "first", "Bearer first second"):
             response = post(url, GOOD, headers={} if given is None else {"authorization": given})
             assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
         assert httpx.get(url + "/health").status_code == 200  # what watches the server needs no key

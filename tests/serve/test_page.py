@@ -7,10 +7,21 @@ import time
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from servers import load, save, serving
 
 from heddle.jax.engine import Engine
+
+SECONDS = 60
+expect.set_options(timeout=1000 * SECONDS)
+
+
+def until(page, condition) -> None:
+    """Wait for it. (What Playwright offers for that runs strings as code, which the page's policy forbids.)"""
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(20)
 
 
 def chromium() -> str | None:
@@ -58,7 +69,7 @@ def engine_of(pair) -> Engine:
 def page(browser):
     context = browser.new_context(color_scheme="light")
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * SECONDS)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
@@ -72,7 +83,7 @@ def page(browser):
 def test_it_streams_and_stops_with_the_keyboard_alone(page, pair):
     with serving(engine_of(pair)) as url:
         page.goto(url)
-        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        expect(page.locator("#model")).to_have_text("tiny")
         assert page.evaluate("document.activeElement.id") == "prompt"
         page.keyboard.type("hello")
         page.keyboard.press("Shift+Enter")
@@ -81,10 +92,11 @@ def test_it_streams_and_stops_with_the_keyboard_alone(page, pair):
         page.wait_for_selector(".message.user")
         assert page.inner_text(".message.user") == "hello\nthere"
         # It grows while it comes.
-        page.wait_for_function("document.querySelector('.assistant .text')?.textContent.length > 2")
+        said = page.locator(".assistant .text")
+        until(page, lambda: len(said.text_content()) > 2)
         assert page.is_visible("#stop")
-        length = len(page.text_content(".assistant .text"))
-        page.wait_for_function(f"document.querySelector('.assistant .text').textContent.length > {length + 3}")
+        length = len(said.text_content())
+        until(page, lambda: len(said.text_content()) > length + 3)
         page.keyboard.press("Escape")
         page.wait_for_selector(".assistant .note:has-text('stopped')")
         assert page.is_visible("#send")
@@ -101,7 +113,7 @@ def test_it_streams_and_stops_with_the_keyboard_alone(page, pair):
 def test_settings_are_sent_and_the_dark_mode_is_kept(page, pair):
     with serving(engine_of(pair)) as url:
         page.goto(url)
-        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        expect(page.locator("#model")).to_have_text("tiny")
         page.click("#open-settings")
         page.fill("#system", "be brief")
         page.fill("#max_tokens", "3")
@@ -139,7 +151,7 @@ def test_what_a_model_says_is_never_html(page, pair):
 def test_it_outlives_its_server(page, pair):
     with serving(engine_of(pair)) as url:
         page.goto(url)
-        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        expect(page.locator("#model")).to_have_text("tiny")
         page.fill("#prompt", "first")
         page.keyboard.press("Enter")
         page.wait_for_selector(".assistant .note:has-text('tokens')")
@@ -148,9 +160,9 @@ def test_it_outlives_its_server(page, pair):
     page.wait_for_selector("#notice:has-text('The server is gone')")
     assert page.input_value("#prompt") == "second"  # not lost
     with serving(engine_of(pair), port=int(url.rpartition(":")[2])):
-        page.wait_for_function("document.querySelector('#notice').textContent === ''")
+        expect(page.locator("#notice")).to_be_empty()
         page.click("#send")
-        page.wait_for_function("document.querySelectorAll('.assistant .note').length === 2")
+        expect(page.locator(".assistant")).to_have_count(2)
         page.wait_for_selector(".assistant:last-child .note:has-text('tokens')")
         assert page.locator(".message.user").count() == 2
 
@@ -162,5 +174,5 @@ def test_a_wrong_key_is_told(page, pair):
         page.click("#open-settings")
         page.fill("#key", "secret")
         page.click("#settings button.main")
-        page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
+        expect(page.locator("#model")).to_have_text("tiny")
         assert page.text_content("#notice") == ""
