@@ -34,6 +34,7 @@ def test_means_paired_differences_and_the_law(tmp_path):
         figures = record["sweeps"][name]
         assert figures["fit"]["k"] == pytest.approx(k, rel=0.01)
         assert [p["replicas"] for p in figures["points"]] == [1, 2, 4, 8]
+        assert figures["points"][0]["losses"] == pytest.approx([1.99, 2.0, 2.01])
         eight = figures["points"][-1]
         assert eight["standard_error"] == pytest.approx(0.01 / 3**0.5)
         # The seeds' own differences are no error of what replicas gain.

@@ -116,7 +116,8 @@ def _figures(losses: dict[int, dict[int, float]], alpha: float, floor: float) ->
         gains = [one[seed] - loss for seed, loss in by_seed.items() if seed in one and count > 1]
         gain, gain_error = mean_and_error(gains) if gains else (None, None)
         points.append(
-            {"replicas": count, "seeds": len(by_seed), "loss": mean, "standard_error": error}
+            {"replicas": count, "seeds": len(by_seed), "losses": list(by_seed.values())}
+            | {"loss": mean, "standard_error": error}
             | {"gain": gain, "gain_error": gain_error}
         )
     counts = [count for count, by_seed in losses.items() for _ in by_seed]
