@@ -131,8 +131,8 @@ class DilatedKVCache(Cache):
 
 
 def _lists(patterns: Sequence[Pattern], max_len: int) -> tuple[list[int], list[int]]:
-    """Segments longer than any sequence are as long as that."""
-    return [min(pattern.length, max_len) for pattern in patterns], [pattern.rate for pattern in patterns]
+    """Segments longer than any sequence are but longer than that: a full cache hasn't come to their end, and may grow."""
+    return [min(pattern.length, max_len + 1) for pattern in patterns], [pattern.rate for pattern in patterns]
 
 
 def _rows(x: Array, order: Int[Array, "rows seq"]) -> Array:
@@ -145,7 +145,7 @@ def _grown(cache: DilatedKVCache, max_len: int) -> DilatedKVCache:
     def padded(layers):
         return tuple(
             tuple(
-                jnp.pad(x, [(0, 0), (0, 0), (0, -(-min(w, max_len) // r) - x.shape[2]), (0, 0)])
+                jnp.pad(x, [(0, 0), (0, 0), (0, -(-min(w, max_len + 1) // r) - x.shape[2]), (0, 0)])
                 for x, (w, r) in zip(rings, cache.patterns, strict=True)
             )
             for rings in layers
