@@ -131,7 +131,7 @@ class DilatedKVCache(Cache):
 
 
 def _lists(patterns: Sequence[Pattern], max_len: int) -> tuple[list[int], list[int]]:
-    """Segments longer than any sequence are but longer than that: a full cache hasn't come to their end, and may grow."""
+    """Segments longer than any sequence are cut, but so that a full cache hasn't come to their end: it may grow."""
     return [min(pattern.length, max_len + 1) for pattern in patterns], [pattern.rate for pattern in patterns]
 
 
