@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -24,12 +25,13 @@ NAME = "tiny"
 
 
 def save(folder: Path) -> None:
-    """A model of bytes that can chat, after a fashion; nothing but length ends its answers."""
+    """A model of bytes that can chat, after a fashion; nothing but length and stop strings ends its answers."""
     model = hugging_face("llama, bytes")
     model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    plain = Tokenizer.bytes()
-    Tokenizer(plain.backend, plain.special, chat_template=TEMPLATE).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (folder / "generation_config.json").unlink()
+    Tokenizer(Tokenizer.bytes().backend, chat_template=TEMPLATE).save_pretrained(folder)
 
 
 def load(folder: Path) -> tuple[Transformer, Tokenizer]:
