@@ -258,6 +258,31 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Option(help=MODEL + " May be repeated.")],
+    corpus: str = typer.Option("stdlib", help="As data.corpus of heddle train."),
+    held_out: float = typer.Option(0.02, help="The share of it that was held out, which is read; 0: all of it."),
+    field: str = typer.Option("text", help="Of a JSONL object, Parquet row or hub record."),
+    seq_len: int = typer.Option(1024, help="Tokens predicted in a window."),
+    batch: int = typer.Option(4, help="Windows in one forward pass."),
+    max_windows: int | None = typer.Option(None, help="How many windows, at most.", show_default="all"),
+    dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    out: str | None = typer.Option(None, help="A folder for a page, its picture and the figures."),
+) -> None:
+    """How well models predict a corpus: bits a byte by the length of the context.
+
+    Example: heddle evaluate --model runs/dense/model --model runs/dilated/model --seq-len 1024 --out results
+    """
+    from heddle.jax.evaluate import show
+
+    show(
+        model, corpus, held_out=held_out, field=field, seq_len=seq_len, batch=batch, max_windows=max_windows,
+        dtype=dtype, as_json=json, out=out,
+    )  # fmt: skip
+
+
+@app.command()
 def chat(
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
     max_tokens: int = typer.Option(1024, help="Tokens of an answer, at most."),
