@@ -3,7 +3,6 @@
 import json
 import sys
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -67,7 +66,7 @@ def test_the_command(model, tmp_path, monkeypatch, capsys):
     for name in "one", "two":
         model.save_pretrained(tmp_path / name / "model", Tokenizer.bytes())
     (tmp_path / "text.txt").write_text(TEXTS[0])
-    monkeypatch.setattr(jax.config, "jax_compilation_cache_dir", str(tmp_path / "cache"), raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     models = [x for name in ("one", "two") for x in ("--model", str(tmp_path / name / "model"))]
     options = ["--corpus", str(tmp_path / "text.txt"), "--held-out", "0", "--seq-len", "20", "--json"]
     monkeypatch.setattr(sys, "argv", ["heddle", "evaluate", *models, *options, "--out", str(tmp_path / "out")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def evaluate(
     bounds = [1]
     while bounds[-1] <= seq_len:
         bounds.append(2 * bounds[-1])
-    ranges = [(begin, min(end, seq_len + 1)) for begin, end in zip(bounds, bounds[1:], strict=False)]
+    ranges = [(begin, min(end, seq_len + 1)) for begin, end in pairwise(bounds)]
 
     def bits(begin: int, end: int) -> Bits:
         count = windows * (end - begin)
