@@ -297,6 +297,17 @@ def test_new_weights_forget_what_the_old_ones_computed(model, tmp_path):
         engine.update(model)
 
 
+def test_after_warming_up_nothing_is_compiled_for_short_texts(model):
+    engine = small(model)
+    engine.warm_up()
+    compiled = paged._read._cache_size(), paged._decode._cache_size()
+    answers = engine.run([Request(prompt, 20, **FREE) for prompt in PROMPTS])
+    assert [answer for [answer] in answers] == [alone(model, prompt) for prompt in PROMPTS]
+    assert (paged._read._cache_size(), paged._decode._cache_size()) == compiled
+    with pytest.raises(ValueError, match="warm_up must come before the first request"):
+        engine.warm_up()
+
+
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_comes_and_goes_nothing_is_lost(model, data):

@@ -170,7 +170,7 @@ def run(
         return (digits + (text[begin:] + text) * (1 + prompt_tokens // len(text)))[:prompt_tokens]
 
     # Every client's answer is under way at once.
-    arguments = ["--max-batch", str(counts[-1]), "--max-queue", str(2 * counts[-1])]
+    arguments = ["--warm-up", "--max-batch", str(counts[-1]), "--max-queue", str(2 * counts[-1])]
     with Console(stderr=True).status("starting the server") as status, server(model, arguments) as (url, name):
         results = measure(
             lambda number: ask(url, name, prompt(number), tokens),

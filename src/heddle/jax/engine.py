@@ -24,7 +24,7 @@ from .answer import Answer, TokenLogprobs, stop_strings
 from .blocks import Blocks
 from .generation import Completion, check_logprobs, check_max_tokens, encode_prompt
 from .model import Transformer
-from .paged import MOST_LOGPROBS, Device
+from .paged import LEAST_READ, MOST_LOGPROBS, Device
 from .sampling import Greedy, Mixed, Sampler, history, needs_history
 from .scheduler import Scheduler
 
@@ -259,6 +259,26 @@ class Engine:
             raise ValueError("model must be of the same configuration, and no request under way")
         self.model = model
         self._reset()
+
+    def warm_up(self) -> None:
+        """Compile the steps for short texts, of every number of sequences, before the first request.
+
+        Raises:
+            ValueError: there were requests already.
+        """
+        if self.counters.requests:
+            raise ValueError("warm_up must come before the first request")
+        blocks, size, max_batch, chunk = self._sizes
+        rows = 1
+        while rows < 2 * max_batch:
+            greedy = Mixed.of([Greedy()] * rows)
+            self._device.decode([([0], [0])] * rows, [], greedy, [0] * rows, [0] * rows, [None] * rows, False)
+            rows *= 2
+        length = LEAST_READ
+        while length < 2 * chunk:
+            read = min(length, chunk, blocks * size)
+            self._device.read([([0] * read, 0, read, range(blocks))])
+            length *= 2
 
     @property
     def waiting(self) -> int:

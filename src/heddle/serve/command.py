@@ -28,6 +28,7 @@ def serve(
     max_tokens: int = typer.Option(4096, help="Tokens of an answer, at most."),
     max_body: int = typer.Option(2**20, help="Bytes of a request, at most."),
     timeout: float = typer.Option(600.0, help="Seconds after which a request is broken off."),
+    warm_up: bool = typer.Option(False, "--warm-up", help="Compile before the first request, not with it."),
     drain: float = typer.Option(60.0, help="Seconds that answers under way have once the server is told to stop."),
 ) -> None:  # fmt: skip
     """Serve a model: OpenAI's API below /v1, a chat page at /, /health and /metrics. SIGTERM: finish, then leave.
@@ -52,4 +53,5 @@ def serve(
         },
         limits=app.Limits(max_body, max_tokens, timeout),
         drain=drain,
+        warm_up=warm_up,
     )

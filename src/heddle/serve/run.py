@@ -14,6 +14,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from rich.console import Console
 
 from heddle.jax import terminal
 from heddle.jax.engine import Engine
@@ -32,6 +33,7 @@ def run(
     engine: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     drain: float = 60.0,
+    warm_up: bool = False,
 ) -> None:
     """Serve until told to stop.
 
@@ -45,6 +47,7 @@ def run(
         engine: arguments of :class:`heddle.jax.engine.Engine`.
         limits: what a request may ask for.
         drain: seconds that answers under way have once the server is told to stop.
+        warm_up: compile before listening; else the first requests of each size wait for it.
 
     Raises:
         ValueError: an argument out of range.
@@ -58,6 +61,9 @@ def run(
         serving = Engine(transformer, tokenizer, **(engine or {}))
         name = name or (Path(model).stem if model else "SmolLM2-135M-Instruct")
         application = create_app(serving, name, api_keys=api_keys, limits=limits)
+        if warm_up:
+            with Console(stderr=True).status("compiling"):
+                serving.warm_up()
         serving.start()
         address = listener.getsockname()
         where = f"[{address[0]}]" if ":" in address[0] else address[0]
