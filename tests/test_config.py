@@ -152,15 +152,12 @@ ERRORS = {
     "model.num_hidden_layers=2 training.base_model=x": "model.num_hidden_layers is for a model from scratch, "
     "but training.base_model names 'x': give one",
     "model.attention=wide": "model.attention must be one of dense, dilated, sliding; got 'wide'",
-    "framework=torch model.attention=sliding": "model.sliding_window goes with model.attention=sliding, "
+    "model.attention=sliding": "model.sliding_window goes with model.attention=sliding, "
     "but model.attention is sliding and model.sliding_window isn't given",
-    "framework=torch model.dilation_rates=[1]": "model.dilation_rates goes with model.attention=dilated, "
-    "but model.attention is dense",
-    "framework=torch model.attention=dilated model.segment_lengths=[4] model.dilation_rates=[1,2]": "model."
+    "model.dilation_rates=[1]": "model.dilation_rates goes with model.attention=dilated, but model.attention is dense",
+    "model.attention=dilated model.segment_lengths=[4] model.dilation_rates=[1,2]": "model."
     "segment_lengths and model.dilation_rates must be positive integers, equally many, got [4] and [1, 2]",
     # What one wing alone has.
-    "model.attention=sliding model.sliding_window=8": "model.attention=sliding is for framework=torch, but framework "
-    "is jax",
     "framework=tensorflow": "framework must be one of jax, torch; got 'tensorflow'",
     "training.report_to=wandb": "training.report_to=wandb is for framework=torch, but framework is jax",
     "framework=torch training.optimizer=lion": "training.optimizer=lion is for framework=jax, but framework is torch",

@@ -190,7 +190,7 @@ class TrainingOptions:
 
 
 #: Options and values that one wing alone has.
-ONE_WING = {"model.attention": "torch", "training.report_to": "torch", "training.optimizer=lion": "jax"}
+ONE_WING = {"training.report_to": "torch", "training.optimizer=lion": "jax"}
 
 
 @dataclass

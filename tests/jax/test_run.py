@@ -14,7 +14,9 @@ import pytest
 import torch
 from compile_once import compile_once  # noqa: F401
 from flax import nnx
+from transformers import AutoModelForCausalLM
 
+import heddle.torch.parscale
 from heddle import cli
 from heddle.config import load_config
 from heddle.data.tokenizers import Tokenizer
@@ -175,6 +177,27 @@ def test_print_config_shows_what_would_run_and_runs_nothing(options, tmp_path, m
     (tmp_path / "printed.yaml").write_text(out)
     assert load_config(tmp_path / "printed.yaml") == load_config(None, [*options, "training.max_steps=9"])
     assert not (tmp_path / "run").exists()
+
+
+ATTENTIONS = {
+    "dilated": ["model.attention=dilated", "model.segment_lengths=[8,32]", "model.dilation_rates=[1,2]"],
+    "sliding": ["model.attention=sliding", "model.sliding_window=6"],
+}
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_attention_of_another_kind_is_trained_and_both_wings_read_it(options, tmp_path, kind, replicas):
+    replicated = [f"parscale.parscale_n={replicas}", "parscale.parscale_n_tokens=3"]
+    trainer = run(load_config(None, [*options, *ATTENTIONS[kind], *replicated, "training.max_steps=2"]))
+    folder, tokens = tmp_path / "run" / "model", np.arange(40)[None] + 97
+    logits = trainer.model(tokens)
+    np.testing.assert_allclose(Transformer.from_pretrained(folder)(tokens), logits, atol=1e-6)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="heddle")
+    np.testing.assert_allclose(theirs(torch.from_numpy(tokens)).logits.detach(), logits, atol=1e-4)
+    dense = prepare(load_config(None, [*options, *replicated]))[0].model  # the same weights at first
+    other = prepare(load_config(None, [*options, *ATTENTIONS[kind], *replicated]))[0].model
+    assert np.abs(dense(tokens) - other(tokens))[:, 8:].max() > 1e-4
 
 
 # ---------------------------------------------------------------------- ParScale

@@ -17,7 +17,7 @@ from heddle.run import check_folder, check_vocabulary, place, training_data, wri
 
 from .lm import lm
 from .model import Transformer
-from .model_config import PARSCALE, ModelConfig
+from .model_config import PARSCALE, Dilation, ModelConfig
 from .parscale import is_new
 from .train import Trainer
 
@@ -76,6 +76,8 @@ def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
 def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``.
 
+    With ``model.attention=dilated`` the new model's configuration says so; with ``sliding`` it is a Mistral.
+
     With ``parscale.parscale_n`` above 1 as many replicas of it, of model type ``qwen2_parscale``; a ParScale checkpoint
     keeps its own shape. What is new is random by ``training.seed``. Weights are float32, whatever it computes in.
     ``data.seq_len`` becomes a new model's context length.
@@ -100,7 +102,11 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
         model = Transformer.from_pretrained(path, rngs=nnx.Rngs(training.seed), **parscale, **settings)
         check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
+    dilation = None
+    if options.segment_lengths is not None and options.dilation_rates is not None:
+        dilation = Dilation(tuple(options.segment_lengths), tuple(options.dilation_rates))
     sizes = ModelConfig(
+        attention=dilation,
         vocab_size=tokenizer.vocab_size,
         hidden_size=options.hidden_size,
         intermediate_size=options.intermediate_size,
@@ -116,4 +122,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     )
     if parscale:
         sizes = sizes.with_parscale(**parscale)
+    if options.sliding_window is not None:
+        kind = sizes.model_type if parscale else "mistral"
+        sizes = dataclasses.replace(sizes, model_type=kind, sliding_window=options.sliding_window, layer_types=None)
     return Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings)
