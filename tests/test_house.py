@@ -39,6 +39,8 @@ ROOMS["data"] = {"attention", "config"}
 ROOMS["metrics"] = {"plot"}
 ROOMS["run"] = {"config", "data"}
 ROOMS["sweep"] = {"config", "metrics", "plot"}
+ROOMS["scaling_law"] = set()
+ROOMS["sweep_compare"] = {"plot", "scaling_law", "sweep"}
 BELOW_WINGS = set(ROOMS)
 ROOMS["torch"] = ROOMS["jax"] = BELOW_WINGS
 ROOMS["serve"] = BELOW_WINGS | {"jax"}
