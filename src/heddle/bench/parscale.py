@@ -152,13 +152,13 @@ def measure(
     timings = interleave(steps, repeats, tell=tell)
 
     def cost(name: str) -> dict[str, Any]:
-        cache = runs[name]._state.cache
+        cache: Any = runs[name]._state.cache
         return {
             "decode_s": timings[f"{name}: decode"].median / tokens,
             "decode_quartiles_s": [q / tokens for q in timings[f"{name}: decode"].quartiles],
             "prefill_s": timings[f"{name}: prefill"].median,
             "weight_bytes": _bytes(contenders[name]),
-            "cache_bytes": cache.nbytes,
+            "cache_bytes": sum(x.nbytes for x in (*cache.keys, *cache.values)),
         }
 
     results = []
