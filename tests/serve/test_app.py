@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections.abc import Iterator
 
 import httpx
 import openai
@@ -39,8 +40,9 @@ def server(pair):
 
 
 @pytest.fixture(scope="module")
-def client(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server[0] + "/v1", api_key="any", max_retries=0)
+def client(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server[0] + "/v1", api_key="any", max_retries=0) as client:
+        yield client
 
 
 def expected(pair, prompt, **options):
@@ -286,7 +288,8 @@ def test_keys(pair):
     engine = engine_of(pair)
     with serving(engine, api_keys=["first", "second"]) as url:
         for key in ("first", "second"):
-            assert openai.OpenAI(base_url=url + "/v1", api_key=key).models.list().data[0].id == NAME
+            with openai.OpenAI(base_url=url + "/v1", api_key=key) as client:
+                assert client.models.list().data[0].id == NAME
         for given in (None, "Bearer wrong", "Basic first", "first", "Bearer first second"):
             response = post(url, GOOD, headers={} if given is None else {"authorization": given})
             assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
@@ -299,8 +302,7 @@ def test_keys(pair):
 
 def test_a_full_queue_is_told_and_passes(pair):
     engine = engine_of(pair, max_batch=1, max_queue=1)
-    with serving(engine) as url:
-        client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0)
+    with serving(engine) as url, openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0) as client:
         options = {"model": NAME, "prompt": "x", "max_tokens": 80, "temperature": 0}
         refused, done = [], []
 
@@ -360,18 +362,18 @@ def test_sixty_four_clients_of_whom_a_third_vanish(pair):
     with serving(engine) as url:
 
         def ask(i: int) -> None:
-            client = openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0, timeout=300)
-            options = {"model": NAME, "prompt": prompts[i], "temperature": 0, "max_tokens": lengths[i]}
-            if i % 3 == 1:
-                answers[i] = client.completions.create(**options).choices[0].text
-                return
-            with client.completions.create(**options, stream=True) as stream:
-                text = ""
-                for count, chunk in enumerate(stream):
-                    text += chunk.choices[0].text
-                    if i % 3 == 0 and count == i % 4:
-                        return  # without a word
-                answers[i] = text
+            with openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=0, timeout=300) as client:
+                options = {"model": NAME, "prompt": prompts[i], "temperature": 0, "max_tokens": lengths[i]}
+                if i % 3 == 1:
+                    answers[i] = client.completions.create(**options).choices[0].text
+                    return
+                with client.completions.create(**options, stream=True) as stream:
+                    text = ""
+                    for count, chunk in enumerate(stream):
+                        text += chunk.choices[0].text
+                        if i % 3 == 0 and count == i % 4:
+                            return  # without a word
+                    answers[i] = text
 
         threads = [threading.Thread(target=ask, args=(i,)) for i in range(64)]
         for thread in threads:
