@@ -30,12 +30,13 @@ def heddle(*arguments: str, **options) -> subprocess.Popen:
 def test_told_to_stop_it_finishes_and_leaves(folder, tmp_path):
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "HEDDLE_API_KEYS": "one two"}
     process = heddle("--model", str(folder), "--port", "0", "--max-batch", "2", env=environment)
+    keyed = httpx.Client(headers={"authorization": "Bearer two"}, timeout=120)
     try:
         lines = iter(process.stderr.readline, "")
         line = next(line for line in lines if " at http://" in line)
         name, url = line.split()[0], line.split()[-1]
         assert (name, url.rpartition(":")[0]) == ("model", "http://127.0.0.1")
-        keyed = httpx.Client(base_url=url, headers={"authorization": "Bearer two"}, timeout=120)
+        keyed.base_url = url
         [expected] = keyed.post("/v1/completions", json=LONG).json()["choices"]
         assert expected["finish_reason"] == "length"
         assert httpx.post(url + "/v1/completions", json=LONG).status_code == 401
@@ -61,6 +62,7 @@ def test_told_to_stop_it_finishes_and_leaves(folder, tmp_path):
         with pytest.raises(httpx.ConnectError):
             httpx.get(url + "/health")
     finally:
+        keyed.close()
         process.kill()
         process.stderr.close()
 
