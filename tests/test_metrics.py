@@ -2,12 +2,13 @@
 
 import io
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from heddle import cli
-from heddle.metrics import MetricsFile, ProgressBar, draw, read_metrics
+from heddle.metrics import MetricsFile, ProgressBar, check_tracker, draw, read_metrics, tracking
 
 
 def write(path, steps, resumed_at=0):
@@ -114,3 +115,49 @@ def test_a_run_without_a_step_is_named(tmp_path):
         draw([tmp_path], tmp_path / "loss.html")
     with pytest.raises(FileNotFoundError):
         draw([tmp_path / "nowhere"], tmp_path / "loss.html")
+
+
+RECORDS = [
+    {"step": 1, "loss": 2.5, "tokens": 7},
+    {"step": 2, "loss": 1.25, "skipped": True},
+    {"step": 2, "eval_loss": 3},
+]
+
+
+def track(name, folder):
+    with tracking(name, folder, {"training.seed": 3, "data.corpus": None}) as write:
+        for record in RECORDS:
+            write(record)
+
+
+def test_tensorboard_has_what_the_metrics_have(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track("tensorboard", tmp_path)
+    (file,) = (tmp_path / "heddle").glob("events*")
+    events = EventAccumulator(str(file)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
+    assert [(e.step, e.value) for e in events.Scalars("eval_loss")] == [(2, 3.0)]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_on_the_web_are_told_the_run_and_its_records(tmp_path, monkeypatch, name):
+    told = []
+    fake = SimpleNamespace(
+        init=lambda **options: told.append(options),
+        log=lambda values, step: told.append((step, values)),
+        finish=lambda: told.append("finished"),
+    )
+    monkeypatch.setitem(sys.modules, name, fake)
+    track(name, tmp_path / "run7")
+    assert told[0] == {"project": "heddle", "name": "run7", "config": {"training.seed": 3, "data.corpus": "None"}}
+    assert told[1:] == [
+        (1, {"loss": 2.5, "tokens": 7}), (2, {"loss": 1.25, "skipped": True}), (2, {"eval_loss": 3}), "finished",
+    ]  # fmt: skip
+
+
+def test_a_tracker_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"training\.report_to=wandb needs the wandb package: pip install wandb"):
+        check_tracker("wandb")
+    check_tracker("none")

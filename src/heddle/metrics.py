@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,6 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Record = dict[str, Any]  #: "step" and what was measured at it
+
+PROJECT = "heddle"  #: what trackers file runs under
+NO_TRACKER = "none"
 
 
 class MetricsFile:
@@ -84,6 +90,72 @@ def draw(runs: Sequence[str | Path], out: str | Path) -> Path:
     dashed = [name for name in held_out if name in curves]
     picture = plot.lines(curves, title="Loss", x="step", y="nats a token", dashed=dashed)
     return picture.png(out) if str(out).endswith(".png") else picture.html(out)
+
+
+# ---------------------------------------------------------------------- trackers
+
+
+def check_tracker(name: str) -> None:
+    """
+    Raises:
+        ValueError: ``training.report_to`` names a package that isn't installed.
+    """
+    if name != NO_TRACKER:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            raise ValueError(f"training.report_to={name} needs the {name} package: pip install {name}") from None
+
+
+@contextmanager
+def tracking(name: str, folder: str | Path, options: dict[str, Any]) -> Iterator[Callable[[Record], None]]:
+    """What to call with each record, so that the tracker has it too.
+
+    Args:
+        name: as ``training.report_to``: tensorboard (in the run's folder), trackio, wandb; none: nothing is done.
+        folder: the run's.
+        options: of the run, by their dotted names.
+
+    Raises:
+        ValueError: see :func:`check_tracker`.
+    """
+    check_tracker(name)
+    if name == NO_TRACKER:
+        yield lambda record: None
+    elif name == "tensorboard":
+        with closing(_TensorBoard(Path(folder) / PROJECT)) as board:
+            yield board.write
+    else:
+        tracker = importlib.import_module(name)
+        values = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items()}
+        tracker.init(project=PROJECT, name=Path(folder).name, config=values)
+        try:
+            yield lambda record: tracker.log(_numbers(record), step=record["step"])
+        finally:
+            tracker.finish()
+
+
+class _TensorBoard:
+    """TensorBoard's own writer of events: that of torch would need torch."""
+
+    def __init__(self, folder: Path):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in _numbers(record).items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _numbers(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name != "step" and isinstance(value, (int, float))}
 
 
 def _line(record: Record) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heddle import Mask
-from heddle.data.packing import NO_TARGET, Batch, Packer, ahead, best_fit, pack
+from heddle.data.packing import NO_TARGET, Batch, Document, Packer, ahead, best_fit, pack
 
 documents_of = st.lists(st.integers(0, 40), max_size=25).map(
     # Every token of every document is another number, so that a row tells where each of its tokens came from.
@@ -166,6 +166,15 @@ def test_documents_must_be_token_ids():
         pack([np.array([0.5, 1.0])], 4)
     with pytest.raises(ValueError, match="lengths must lie between 1 and capacity 4, got 5"):
         best_fit([5], 4)
+
+
+def test_what_is_not_learned_is_no_target():
+    learned = [False, False, True, False, True, True, True]
+    batch = pack([Document(np.arange(7) + 10, learned), [5]], 4)  # cut after four tokens
+    assert batch.tokens.tolist() == [[10, 11, 12, 13], [14, 15, 16, 5]]
+    assert batch.targets.tolist() == [[NO_TARGET, 12, NO_TARGET, 14], [15, 16, NO_TARGET, NO_TARGET]]
+    with pytest.raises(ValueError, match=r"learned must be a bool for each of the 2 tokens, got bool of shape \(1,\)"):
+        pack([Document([1, 2], [True])], 4)
 
 
 def test_an_error_in_the_documents_is_not_taken_for_their_end():

@@ -16,6 +16,7 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -27,13 +28,44 @@ from .packing import Documents
 
 log = logging.getLogger(__name__)
 
-Reader = Callable[[int, Any], Iterator[tuple[str, str, Any]]]
+Reader = Callable[[int, Any], Iterator[tuple[str, Any, Any]]]  #: of texts; of examples, of whatever is taken of them
 PARTS = ("all", "train", "held_out")
 
 STDLIB = "stdlib"
 HUB = "hub:"
 _JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 _NOT_LIBRARY = {"test", "tests", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+
+
+@runtime_checkable
+class Take(Protocol):
+    """What is read of a record, a JSON object or a row.
+
+    The call returns the record's key and what was taken of it, or raises a ValueError that says in one clause what is
+    wrong with the record.
+    """
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Those that are read, of which a record has some."""
+        ...
+
+    def __call__(self, record: Any) -> tuple[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class TakeText:
+    """The text in a field."""
+
+    field: str = "text"
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return (self.field,)
+
+    def __call__(self, record: Any) -> tuple[str, str]:
+        text = record_text(record, self.field)
+        return text, text
 
 
 @runtime_checkable
@@ -77,18 +109,44 @@ def open_corpus(
     Raises:
         ValueError: a name that stands for no file, files of several kinds, impossible options.
     """
+    check_choices(part, held_out, on_error)
+    if name == STDLIB:
+        reader = stdlib(seed)
+    else:
+        reader = open_records(name, TakeText(field), seed=seed, on_error=on_error, subset=subset, split=split)
+        if reader is None:
+            root, paths, _ = _find(name, STDLIB)
+            reader = text_files(paths, root, seed, on_error)
+    return part_of(reader, part, held_out)
+
+
+def check_choices(part: str, held_out: float, on_error: str) -> None:
+    """
+    Raises:
+        ValueError: options of a corpus that it can't have.
+    """
     for option, value, choices in (("part", part, PARTS), ("on_error", on_error, ON_ERROR)):
         if value not in choices:
             raise ValueError(f"{option} must be one of {', '.join(choices)}; got {value!r}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}")
-    if name == STDLIB:
-        reader = stdlib(seed)
-    elif name.startswith(HUB):
-        reader = hub(name.removeprefix(HUB), subset, split, field, on_error)
-    else:
-        reader = _open_files(name, seed, on_error, field)
-    return reader if part == "all" else _part(reader, part, held_out)
+
+
+def open_records(
+    name: str, take: Take, *, seed: int | None, on_error: str, subset: str | None, split: str, builtin: str = STDLIB
+) -> Reader | None:
+    """What ``take`` takes of each record of a corpus of records; None: the corpus is of plain texts.
+
+    Args:
+        name, seed, on_error, subset, split: as of :func:`open_corpus`.
+        builtin: the corpus that needs no files, for the message where there are none.
+    """
+    if name.startswith(HUB):
+        return hub(name.removeprefix(HUB), subset, split, take, on_error)
+    _, paths, kind = _find(name, builtin)
+    if kind == "JSONL":
+        return json_lines(paths, seed, on_error, take)
+    return parquet(paths, seed, on_error, take) if kind == "Parquet" else None
 
 
 def tokenized(reader: Reader, tokenizer: Encoder) -> Documents:
@@ -125,7 +183,7 @@ def text_files(paths: list[Path], root: Path, seed: int | None = None, on_error:
     """Plain UTF-8 text, a document a file; named by their paths relative to ``root``."""
 
     def read(epoch: int, cursor: Any) -> Iterator[tuple[str, str, Any]]:
-        ordered = _ordered(paths, seed, epoch)
+        ordered = ordered_files(paths, seed, epoch)
         for at in range(cursor or 0, len(ordered)):
             path = ordered[at]
             data = path.read_bytes()
@@ -133,18 +191,23 @@ def text_files(paths: list[Path], root: Path, seed: int | None = None, on_error:
                 text = data.decode()
             except UnicodeDecodeError as error:
                 line = data.count(b"\n", 0, error.start) + 1
-                _broken(f"{path}:{line}", f"not UTF-8: byte 0x{data[error.start]:02x}", on_error)
+                report_broken(f"{path}:{line}", f"not UTF-8: byte 0x{data[error.start]:02x}", on_error)
                 continue
             yield path.relative_to(root).as_posix(), text, at + 1
 
     return read
 
 
-def json_lines(paths: list[Path], seed: int | None = None, on_error: str = "fail", field: str = "text") -> Reader:
-    """JSONL: an object a line, of which ``field`` holds the text. Blank lines are passed over."""
+def json_lines(
+    paths: list[Path],
+    seed: int | None = None,
+    on_error: str = "fail",
+    take: Take = TakeText(),
+) -> Reader:
+    """JSONL: an object a line. Blank lines are passed over."""
 
     def read(epoch: int, cursor: Any) -> Iterator[tuple[str, str, Any]]:
-        ordered = _ordered(paths, seed, epoch)
+        ordered = ordered_files(paths, seed, epoch)
         first, offset, number = cursor or (0, 0, 0)
         for at in range(first, len(ordered)):
             path = ordered[at]
@@ -155,25 +218,30 @@ def json_lines(paths: list[Path], seed: int | None = None, on_error: str = "fail
                     if not line.strip():
                         continue
                     try:
-                        text = _field(_json(line), field)
+                        key, value = take(_json(line))
                     except ValueError as error:
-                        _broken(f"{path}:{number}", str(error), on_error)
+                        report_broken(f"{path}:{number}", str(error), on_error)
                         continue
-                    yield text, text, [at, offset, number]
+                    yield key, value, [at, offset, number]
             offset = number = 0
 
     return read
 
 
-def parquet(paths: list[Path], seed: int | None = None, on_error: str = "fail", field: str = "text") -> Reader:
-    """Parquet: a row a document, of which column ``field`` holds the text. Needs ``pyarrow``."""
+def parquet(
+    paths: list[Path],
+    seed: int | None = None,
+    on_error: str = "fail",
+    take: Take = TakeText(),
+) -> Reader:
+    """Parquet: a row a document. Needs ``pyarrow``."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from None
 
     def read(epoch: int, cursor: Any) -> Iterator[tuple[str, str, Any]]:
-        ordered = _ordered(paths, seed, epoch)
+        ordered = ordered_files(paths, seed, epoch)
         first, done = cursor or (0, 0)
         for at in range(first, len(ordered)):
             path, row = ordered[at], 0
@@ -182,29 +250,37 @@ def parquet(paths: list[Path], seed: int | None = None, on_error: str = "fail", 
             except ValueError as error:
                 raise ValueError(f"{path} isn't Parquet: {error}") from None
             with file:
-                if field not in file.schema_arrow.names:
-                    raise ValueError(f"{path} has no column {field!r}; it has {', '.join(file.schema_arrow.names)}")
+                columns = [name for name in take.fields if name in file.schema_arrow.names]
+                if not columns:
+                    wanted = " or ".join(map(repr, take.fields))
+                    raise ValueError(f"{path} has no column {wanted}; it has {', '.join(file.schema_arrow.names)}")
                 for group in range(file.num_row_groups):
                     size = file.metadata.row_group(group).num_rows
                     if row + size <= done:
                         row += size
                         continue
-                    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[field]):
-                        for value in batch.column(0).to_pylist():
+                    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                        for record in batch.to_pylist():
                             row += 1
                             if row <= done:
                                 continue
-                            if not isinstance(value, str):
-                                _broken(f"{path}:{row}", f"{field!r} is {_kind(value)}, not text", on_error)
+                            try:
+                                key, value = take(record)
+                            except ValueError as error:
+                                report_broken(f"{path}:{row}", str(error), on_error)
                                 continue
-                            yield value, value, [at, row]
+                            yield key, value, [at, row]
             done = 0
 
     return read
 
 
 def hub(
-    name: str, subset: str | None = None, split: str = "train", field: str = "text", on_error: str = "fail"
+    name: str,
+    subset: str | None = None,
+    split: str = "train",
+    take: Take = TakeText(),
+    on_error: str = "fail",
 ) -> Reader:
     """A dataset of the Hugging Face hub, streamed: nothing is downloaded before it is needed. Needs ``datasets``."""
     try:
@@ -223,11 +299,11 @@ def hub(
         for record in dataset:
             row += 1
             try:
-                text = _field(record, field)
+                key, value = take(record)
             except ValueError as error:
-                _broken(f"{HUB}{name}:{row}", str(error), on_error)
+                report_broken(f"{HUB}{name}:{row}", str(error), on_error)
                 continue
-            yield text, text, {"row": row, "state": dataset.state_dict()}
+            yield key, value, {"row": row, "state": dataset.state_dict()}
 
     return read
 
@@ -238,14 +314,19 @@ def is_held_out(key: str, share: float) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def _part(reader: Reader, part: str, share: float) -> Reader:
-    def read(epoch: int, cursor: Any) -> Iterator[tuple[str, str, Any]]:
+def part_of(reader: Reader, part: str, share: float) -> Reader:
+    """``"train"``, ``"held_out"`` or ``"all"`` of what a reader reads."""
+    if part == "all":
+        return reader
+
+    def read(epoch: int, cursor: Any) -> Iterator[tuple[str, Any, Any]]:
         return (item for item in reader(epoch, cursor) if is_held_out(item[0], share) == (part == "held_out"))
 
     return read
 
 
-def _open_files(name: str, seed: int | None, on_error: str, field: str) -> Reader:
+def _find(name: str, builtin: str) -> tuple[Path, list[Path], str]:
+    """The files of a corpus, of one kind, with what their names are relative to."""
     path = Path(name).expanduser()
     if path.is_file():
         root, paths = path.parent, [path]
@@ -257,7 +338,7 @@ def _open_files(name: str, seed: int | None, on_error: str, field: str) -> Reade
         paths = [p for p in root.glob(pattern) if p.is_file()] if pattern else []
     if not paths:
         raise ValueError(
-            f"corpus must be {STDLIB}, {HUB}NAME, or a file, a folder or a pattern that holds files; got {name!r}"
+            f"corpus must be {builtin}, {HUB}NAME, or a file, a folder or a pattern that holds files; got {name!r}"
         )
     kinds = {_file_kind(p) for p in paths}
     if len(kinds) > 1:
@@ -265,12 +346,7 @@ def _open_files(name: str, seed: int | None, on_error: str, field: str) -> Reade
             f"corpus must hold files of one kind, {name!r} holds {' and '.join(sorted(kinds))}: "
             "give a pattern, such as 'folder/*.txt'"
         )
-    kind = kinds.pop()
-    if kind == "JSONL":
-        return json_lines(paths, seed, on_error, field)
-    if kind == "Parquet":
-        return parquet(paths, seed, on_error, field)
-    return text_files(paths, root, seed, on_error)
+    return root, paths, kinds.pop()
 
 
 def _file_kind(path: Path) -> str:
@@ -283,22 +359,26 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _ordered(paths: list[Path], seed: int | None, epoch: int) -> list[Path]:
+def ordered_files(paths: list[Path], seed: int | None, epoch: int) -> list[Path]:
     ordered = sorted(paths)
     if seed is None:
         return ordered
     return [ordered[i] for i in np.random.default_rng([seed, epoch]).permutation(len(ordered))]
 
 
-def _field(record: Any, field: str) -> str:
-    """The text of a record; a ValueError that says in one clause what is wrong with it."""
+def record_text(record: Any, field: str) -> str:
+    """The text in a field of a record.
+
+    Raises:
+        ValueError: what is wrong with it, in one clause.
+    """
     if not isinstance(record, dict):
-        raise ValueError(f"{_kind(record)}, not an object")
+        raise ValueError(f"{kind_of(record)}, not an object")
     if field not in record:
         raise ValueError(f"no field {field!r}; it has {', '.join(map(str, record)) or 'none'}")
     text = record[field]
     if not isinstance(text, str):
-        raise ValueError(f"{field!r} is {_kind(text)}, not text")
+        raise ValueError(f"{field!r} is {kind_of(text)}, not text")
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair; no tokenizer can encode it
@@ -325,11 +405,11 @@ def _lines(file: Any, offset: int, path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path} is a damaged gzip file: {error}") from None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _broken(place: str, what: str, on_error: str) -> None:
+def report_broken(place: str, what: str, on_error: str) -> None:
     if on_error == "fail":
         raise ValueError(f"{place}: {what}")
     log.warning("%s: %s; skipped", place, what)

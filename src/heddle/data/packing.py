@@ -16,17 +16,25 @@ from heddle.attention.mask import PADDING_SEGMENT_ID
 
 NO_TARGET = -1  #: the target of tokens that have none: a document's last, and padding
 
-#: ``documents(epoch, cursor)`` yields ``(token ids, cursor after this document)`` from ``cursor`` on; None: from the
-#: start. A cursor is any JSON value. The order may differ by epoch, but not between two calls for the same epoch.
+#: ``documents(epoch, cursor)`` yields ``(document, cursor after it)`` from ``cursor`` on; None: from the start. A
+#: document is its token ids, or a :class:`Document`. A cursor is any JSON value. The order may differ by epoch, but not
+#: between two calls for the same epoch.
 Documents = Callable[[int, Any], Iterable[tuple[Any, Any]]]
+
+
+class Document(NamedTuple):
+    """A document of which only some tokens are learned: the others are context, and never a target."""
+
+    tokens: Any  #: ids
+    learned: Any  #: whether each of them is
 
 
 class Batch(NamedTuple):
     """Packed rows; a pytree in JAX and in torch, on NumPy arrays as it comes out of packing.
 
     ``tokens[i]`` is to predict ``targets[i]``, the next token of its own document, or nothing where that is
-    ``NO_TARGET``. ``segment_ids`` are what :meth:`heddle.Mask.documents` takes; ``positions`` count from the start of
-    the document, not of the row.
+    ``NO_TARGET``: at a document's end, and where the next token isn't learned. ``segment_ids`` are what
+    :meth:`heddle.Mask.documents` takes; ``positions`` count from the start of the document, not of the row.
     """
 
     tokens: Int[Array, "*steps rows row_len"]
@@ -39,8 +47,13 @@ class Batch(NamedTuple):
         return float((self.segment_ids != PADDING_SEGMENT_ID).mean())
 
 
+class _Tokens(NamedTuple):
+    ids: np.ndarray
+    targets: np.ndarray  #: of each token
+
+
 class _Piece(NamedTuple):
-    document: np.ndarray
+    document: _Tokens
     start: int
     stop: int
 
@@ -74,7 +87,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(documents: Iterable[Any], row_len: int) -> Batch:
-    """All of ``documents`` (each a sequence of token ids) in as few rows as best fit finds, in no particular order.
+    """All of ``documents`` (token ids, or :class:`Document`) in as few rows as best fit finds, in no particular order.
 
     For a stream, and for training, see :class:`Packer`.
     """
@@ -140,7 +153,7 @@ class Packer(Iterator[Batch]):
         self._place = {name: state[name] for name in ("epoch", "cursor", "window")}
         self._row: int = state["row"]
         self._packed: list[list[_Piece]] | None = None
-        self._stream: Iterator[tuple[np.ndarray, int, Any]] | None = None
+        self._stream: Iterator[tuple[_Tokens, int, Any]] | None = None
 
     def __next__(self) -> Batch:
         before = self.state()
@@ -175,7 +188,7 @@ class Packer(Iterator[Batch]):
         documents, size = [], 0
         for tokens, *after in self._stream:
             documents.append(tokens)
-            size += len(tokens)
+            size += len(tokens.ids)
             epoch, cursor = after
             if size >= self._window_tokens:
                 break
@@ -183,13 +196,13 @@ class Packer(Iterator[Batch]):
         order = np.random.default_rng([self._seed, window]).permutation(len(rows))
         return [rows[i] for i in order], {"epoch": epoch, "cursor": cursor, "window": window + 1}
 
-    def _read(self, epoch: int, cursor: Any) -> Iterator[tuple[np.ndarray, int, Any]]:
+    def _read(self, epoch: int, cursor: Any) -> Iterator[tuple[_Tokens, int, Any]]:
         """Documents from there on, epoch after epoch, each with its epoch and the cursor after it."""
         while self._epochs is None or epoch < self._epochs:
             empty = cursor is None  # only an epoch read from its start can prove that there is nothing to read
             for document, after in self._documents(epoch, cursor):
                 tokens = _tokens(document)
-                empty = empty and not len(tokens)
+                empty = empty and not len(tokens.ids)
                 yield tokens, epoch, after
             if empty:
                 raise ValueError("documents must hold at least one token, got none")
@@ -242,11 +255,11 @@ def ahead(items: Callable[[], Iterator[Item]], depth: int) -> Generator[Item]:
         thread.join()
 
 
-def _pack(documents: list[np.ndarray], row_len: int) -> list[list[_Piece]]:
+def _pack(documents: list[_Tokens], row_len: int) -> list[list[_Piece]]:
     pieces = [
-        _Piece(document, start, min(start + row_len, len(document)))
+        _Piece(document, start, min(start + row_len, len(document.ids)))
         for document in documents
-        for start in range(0, len(document), row_len)
+        for start in range(0, len(document.ids), row_len)
     ]
     return [[pieces[i] for i in row] for row in best_fit([p.stop - p.start for p in pieces], row_len)]
 
@@ -259,20 +272,29 @@ def _batch(rows: list[list[_Piece]], row_len: int, count: int | None = None) -> 
         at = 0
         for segment, (document, start, stop) in enumerate(pieces):
             here = np.s_[row, at : at + stop - start]
-            batch.tokens[here] = document[start:stop]
+            batch.tokens[here] = document.ids[start:stop]
             batch.segment_ids[here] = segment
             batch.positions[here] = np.arange(start, stop)
-            targets = document[start + 1 : stop + 1]
-            batch.targets[row, at : at + len(targets)] = targets
+            batch.targets[here] = document.targets[start:stop]
             at += stop - start
     return batch
 
 
-def _tokens(document: Any) -> np.ndarray:
+def _tokens(document: Any) -> _Tokens:
+    learned = None
+    if isinstance(document, Document):
+        document, learned = document.tokens, np.asarray(document.learned)
     tokens = np.asarray(document)
     if tokens.ndim != 1 or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
         raise ValueError(f"a document must be a sequence of token ids, got {tokens.dtype} of shape {tokens.shape}")
-    return tokens.astype(np.int32)
+    if learned is not None and (learned.dtype != bool or learned.shape != tokens.shape):
+        raise ValueError(
+            f"learned must be a bool for each of the {len(tokens)} tokens, got {learned.dtype} of shape {learned.shape}"
+        )
+    ids = tokens.astype(np.int32)
+    targets = np.full_like(ids, NO_TARGET)
+    targets[:-1] = ids[1:] if learned is None else np.where(learned[1:], ids[1:], NO_TARGET)
+    return _Tokens(ids, targets)
 
 
 def _check_count(name: str, value: int) -> None:
