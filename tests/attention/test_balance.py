@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,27 @@ def test_eight_ranks_on_packed_documents_are_within_two_percent(seed, chunk):
     mask = Mask.documents(segments(*np.diff([0, *cuts, 32768])))
     assert balance.areas(mask, balance.by_area(mask, 8, chunk), 8).max() <= 1.02
     assert balance.areas(mask, balance.zigzag(32768, 8), 8).max() > 1.3
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.as_tensor, jnp.asarray])
+def test_snake_is_zigzag_of_one_causal_document(convert):
+    mask = Mask.causal(32, 32, like=convert(np.zeros(1)))
+    np.testing.assert_array_equal(balance.snake(mask, 4)[0], balance.zigzag(32, 4))
+
+
+@given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 16), st.integers(0, 2**32 - 1))
+def test_snake_deals_each_row_by_itself_within_a_chunk_of_equal(ranks, share, chunk, seed):
+    rng = np.random.default_rng(seed)
+    n = ranks * share
+    cuts = [np.sort(rng.integers(0, n + 1, rng.integers(0, 6))) for _ in range(2)]
+    mask = Mask.documents(np.concatenate([segments(*np.diff([0, *row, n])) for row in cuts]))
+    order, counts = balance.snake(mask, ranks, chunk), mask.counts()
+    np.testing.assert_array_equal(jax.jit(balance.snake, static_argnums=(1, 2))(mask, ranks, chunk), order)
+    for row, area in zip(order, counts, strict=True):
+        np.testing.assert_array_equal(np.sort(row), np.arange(n))
+        assert (np.diff(row.reshape(ranks, share), axis=1) > 0).all()
+        loads = area[row].reshape(ranks, share).sum(axis=1)
+        assert loads.max() - loads.min() <= chunk * area.max()
 
 
 def test_areas_are_the_visible_pairs_of_each_rank():

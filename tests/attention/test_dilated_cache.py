@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from heddle.attention.dilated import cache_length, dilated_attention
+from heddle.attention.dilated import dilated_attention
 from heddle.attention.dilated_cache import DilatedCache, dilated_cached, dilated_decode, dilated_prefill, empty_cache
+from heddle.attention.dilated_patterns import cache_length
 
 PATTERNS = {
     "three": ((4, 7, 12), (1, 2, 5)),
@@ -163,10 +164,11 @@ def test_a_cache_of_less_precision():
     kept = [inputs[0], *(x.astype(jnp.bfloat16).astype(jnp.float32) for x in inputs[1:])]
     cache = empty_cache(*inputs, *lists)
     cache = DilatedCache(*(tuple(x.astype(jnp.bfloat16) for x in part) for part in cache[:2]), cache.lengths)
+    want = jax.jit(lambda *inputs: dilated_attention(*inputs, *lists, is_causal=True))(*kept)
+    step = jax.jit(lambda *arguments: dilated_cached(*arguments, *lists))
     for now in (slice(0, 11), slice(11, 12), slice(12, 30)):
-        (out, _), cache = dilated_cached(*(x[:, now] for x in kept), cache, *lists)
-        want = dilated_attention(*kept, *lists, is_causal=True)[:, now]
-        np.testing.assert_allclose(out, want, rtol=0, atol=1e-5)
+        (out, _), cache = step(*(x[:, now] for x in kept), cache)
+        np.testing.assert_allclose(out, want[:, now], rtol=0, atol=1e-5)
     assert {x.dtype for x in (*cache.keys, *cache.values)} == {jnp.dtype("bfloat16")}
 
 

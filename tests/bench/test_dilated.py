@@ -9,7 +9,8 @@ import torch
 from pages import figures_in
 from typer.testing import CliRunner
 
-from heddle.attention.dilated import check_patterns, dilated_attention
+from heddle.attention.dilated import dilated_attention
+from heddle.attention.dilated_patterns import check_patterns
 from heddle.bench import dilated
 from heddle.bench.dilated import Problem
 from heddle.cli import app, main

@@ -10,7 +10,7 @@ from flax import nnx
 from tiny_models import SIZES, THETA, tokens
 
 import heddle.torch.huggingface  # noqa: F401 (registers attn_implementation="heddle")
-from heddle.attention.dilated import cache_length
+from heddle.attention.dilated_patterns import cache_length
 from heddle.data.tokenizers import Tokenizer
 from heddle.jax import KVCache, ModelConfig, Transformer, generate, stream
 from heddle.jax.dilated_cache import DilatedKVCache

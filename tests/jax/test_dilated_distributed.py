@@ -62,6 +62,36 @@ def test_it_is_one_devices(patterns, is_causal, devices):
     assert len({str(shard.index) for shard in got[0].addressable_shards}) == 8
 
 
+#: Documents that begin within a device's part of 8 tokens, reach over several, and padding between and behind.
+SEGMENT_IDS = np.repeat([[0, 1, 2, -1, 3, 4, -1], [5, 1, 0, 7, -1, 2, 3]], [3, 22, 1, 5, 17, 9, 7], axis=1)
+SEGMENT_IDS[1] = np.repeat([0, -1, 2, 5], [40, 2, 2, 20])
+
+
+@pytest.mark.parametrize(
+    ("patterns", "is_causal", "padding"),
+    [("four", True, False), ("spread", False, True), ("w < r, rows uncovered", False, False)],
+)
+def test_documents_and_padding(patterns, is_causal, padding):
+    """Outputs, lse and gradients, as of one device; on whole arrays under jit."""
+    (*inputs, d_out), d_lse = problem()
+    told: dict = {"segment_ids": SEGMENT_IDS}
+    if padding:
+        told["key_padding_mask"] = np.random.default_rng(1).random((2, 64)) < 0.2
+    want = dilated(*inputs, *PATTERNS[patterns], is_causal, d_out=d_out, d_lse=d_lse, **told)
+
+    told = {name: jnp.asarray(x) for name, x in told.items()}
+
+    def function(query, key, value):
+        return distributed_dilated_attention(
+            query, key, value, *PATTERNS[patterns], AXIS, is_causal=is_causal, mesh=mesh_of(8), return_lse=True, **told
+        )
+
+    for name, found, expected in zip(
+        ("out", "lse", "dq", "dk", "dv"), run(function, inputs, d_out, d_lse), want, strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5, err_msg=name)
+
+
 def test_within_a_shard_map():
     (query, key, value, _), _ = problem(heads=4, kv_heads=4, batch=1)
     lists, spec = PATTERNS["four"], PartitionSpec(None, AXIS)

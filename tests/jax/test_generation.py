@@ -15,7 +15,8 @@ from heddle.data.tokenizers import Tokenizer
 from heddle.jax import Completion, Transformer, generate, generation, stream
 from heddle.jax import sampler as usual
 from heddle.jax.answer import Answer
-from heddle.jax.generation import PREFILL, STEPS, Past, _decode, _pieces_of, _prefill
+from heddle.jax.decoding import STEPS, decode, prefill
+from heddle.jax.generation import PREFILL, Past, _pieces_of
 
 BYTES = Tokenizer.bytes()
 PROMPTS = [tokens(n, seed=n).tolist() for n in (3, 40, 11)]
@@ -171,11 +172,11 @@ def test_one_text_is_one_prompt(model):
 
 def test_longer_texts_compile_nothing_anew(model):
     generate(model, BYTES, [PROMPTS[0]], max_tokens=5, **FREE)
-    sizes = _prefill._cache_size(), _decode._cache_size()
+    sizes = prefill._cache_size(), decode._cache_size()
     for prompt, seed in ((PROMPTS[2], 1), (PROMPTS[0], 2)):
         generate(model, BYTES, [prompt], max_tokens=40, seed=seed, stop_ids=[1, 2, 3])
         list(stream(model, BYTES, prompt, max_tokens=7))
-    assert (_prefill._cache_size(), _decode._cache_size()) == sizes
+    assert (prefill._cache_size(), decode._cache_size()) == sizes
 
 
 def test_pieces_cover_every_length():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from heddle.attention.dilated import cache_length
+from heddle.attention.dilated_patterns import cache_length
 from heddle.torch.longnet import LongNet, LongNetConfig, LongNetLM
 from heddle.torch.longnet_cache import LongNetCache
 

@@ -6,6 +6,7 @@ The core never imports a framework: an array that arrives has already imported i
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat.numpy as numpy_namespace
@@ -79,6 +80,14 @@ def arange(n: int, like: Array | None = None) -> Array:
         return sys.modules["torch"].arange(n, dtype=sys.modules["torch"].int32, device=like.device)
     xp = namespace(like)
     return xp.arange(n, dtype=xp.int32)
+
+
+def integers(values: Sequence[int], like: Array) -> Array:
+    """``int32`` values of ``like``'s framework and device."""
+    if framework(like) == "torch":
+        return sys.modules["torch"].tensor(values, dtype=sys.modules["torch"].int32, device=like.device)
+    xp = namespace(like)
+    return xp.asarray(values, dtype=xp.int32)
 
 
 def accumulator_dtype(x: Array) -> Any:

@@ -11,7 +11,7 @@ import heapq
 import numpy as np
 from jaxtyping import Float, Int
 
-from .arrays import Array, asarray_like, namespace, to_numpy
+from .arrays import Array, arange, asarray_like, namespace, to_numpy
 from .mask import Mask
 
 
@@ -85,6 +85,34 @@ def _swap(held: list[list[int]], area: np.ndarray) -> None:
                 break
         else:
             return
+
+
+def snake(mask: Mask, ranks: int, chunk: int = 128) -> Int[Array, "rows seq_len"]:
+    """As :func:`by_area`, but each row has its own order, and the mask may be a tracer.
+
+    Chunks by falling area are dealt to the ranks forth and back, so that loads differ by no more than the largest
+    chunk's area. :func:`zigzag`, for one causal document in ``2 * ranks`` chunks.
+
+    Args:
+        mask: all queries' mask.
+        ranks: how many ranks.
+        chunk: as of :func:`by_area`; but at least two chunks a rank, where its part can be halved.
+
+    Raises:
+        ValueError: a number of queries that isn't a multiple of ranks.
+    """
+    _check(mask.q_len, ranks, ranks)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    share, xp = mask.q_len // ranks, namespace(mask.start)
+    most = min(chunk, share // 2 if share % 2 == 0 else share)
+    size = next(c for c in range(most, 0, -1) if share % c == 0)
+    area = xp.sum(xp.reshape(mask.counts(), (mask.start.shape[0], -1, size)), axis=2)
+    dealt = xp.reshape(xp.argsort(-area, axis=1, stable=True), (area.shape[0], share // size, ranks))
+    turns = [xp.flip(dealt[:, i], axis=1) if i % 2 else dealt[:, i] for i in range(share // size)]
+    held = xp.sort(xp.stack(turns, axis=2), axis=2)  # (rows, ranks, chunks)
+    places = xp.reshape(held, (area.shape[0], -1, 1)) * size + arange(size, mask.start)
+    return xp.astype(xp.reshape(places, (area.shape[0], -1)), xp.int32)
 
 
 def areas(mask: Mask, order: Int[np.ndarray, " seq_len"], ranks: int) -> Float[np.ndarray, " ranks"]:

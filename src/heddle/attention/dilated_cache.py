@@ -27,8 +27,9 @@ from .arrays import (
     to_numpy,
 )
 from .attend import attend, check, score_scale
-from .dilated import Pattern, check_patterns, decode_slot, dilated_attention
+from .dilated import dilated_attention
 from .dilated_continue import continued
+from .dilated_patterns import Pattern, check_patterns, decode_slot
 from .mask import Mask
 from .merge import merge
 

@@ -12,10 +12,11 @@ from typing import Literal, overload
 
 from jaxtyping import Float, Int
 
-from .arrays import Array, accumulator_dtype, arange, asarray_like, clip, framework, is_concrete, namespace, pick
+from .arrays import Array, arange, asarray_like, clip, is_concrete, namespace, pick
 from .attend import attend, check, score_scale
-from .dilated import Pattern, Tokens, check_patterns
-from .merge import merge
+from .dilated_grids import Tokens, take
+from .dilated_patterns import Pattern, check_patterns
+from .merge import merge, over_no_keys
 
 
 @overload
@@ -89,48 +90,20 @@ def continued(
     a key at a position of its row's document, and which column each of query's heads sees. Places of keys that nobody
     sees may be anywhere.
     """
-    xp, (_, new, heads, _), wide, merged = namespace(query), query.shape, accumulator_dtype(query), None
-    each = arange(heads, query)
+    xp, heads, merged = namespace(query), query.shape[2], None
     for number, pattern in enumerate(patterns):
         key, value, place, column = source(number)
         asked, at = _continuing(pattern, heads, positions)
         at = clip(place(at), 0, key.shape[1] - 1)
         out, lse = attend(
-            _take(query, asked.index, each), _take(key, at, column), _take(value, at, column), asked.mask(query),
+            asked.rows(query, 1), take(key, at, column), take(value, at, column), asked.mask(query),
             scale=scale, implementation=implementation, return_lse=True,
         )  # fmt: skip
-        out = xp.astype(out, wide, copy=False)
-        part = _put(out, asked.index, new, 0.0), _put(lse[..., None], asked.index, new, -float("inf"))[..., 0]
+        blank = over_no_keys(query, value.shape[3])
+        part = asked.put(blank[0], out), asked.put(blank[1], lse)
         merged = part if merged is None else merge([merged, part])
     assert merged is not None
     return xp.astype(merged[0], query.dtype, copy=False), merged[1]
-
-
-def _take(
-    x: Float[Array, "batch places columns dim"], index: Int[Array, "batch offsets n"], column: Int[Array, " heads"]
-) -> Array:
-    """The places that heads at each offset keep, ``(batch * offsets, n, heads / offsets, dim)`` as :class:`Tokens` has
-    it: all heads at once, as to compile an operation a head takes long."""
-    xp, (batch, offsets, n), heads = namespace(x), index.shape, column.shape[0]
-    whole = index[:, arange(heads, index) % offsets]  # (batch, heads, n)
-    rows = x[arange(batch, index)[:, None, None], whole, column[:, None]]
-    rows = xp.reshape(rows, (batch, heads // offsets, offsets, n, x.shape[3]))
-    return xp.reshape(xp.permute_dims(rows, (0, 2, 3, 1, 4)), (batch * offsets, n, heads // offsets, x.shape[3]))
-
-
-def _put(rows: Array, index: Int[Array, "batch offsets n"], new: int, fill: float) -> Array:
-    """Rows as :func:`_take` gives them back to where they stood, ``(batch, new, heads, dim)``; the rest is ``fill``."""
-    xp, (batch, offsets, n), (_, _, share, dim) = namespace(rows), index.shape, rows.shape
-    rows = xp.permute_dims(xp.reshape(rows, (batch, offsets, n, share, dim)), (0, 3, 1, 2, 4))
-    rows = xp.reshape(rows, (batch, share * offsets, n, dim))
-    head = arange(share * offsets, index)
-    place = arange(batch, index)[:, None, None], index[:, head % offsets], head[:, None]
-    device = {"device": rows.device} if framework(rows) == "torch" else {}
-    blank = xp.full((batch, new, share * offsets, dim), fill, dtype=rows.dtype, **device)
-    if framework(rows) == "jax":
-        return blank.at[place].set(rows)
-    blank[place] = rows
-    return blank
 
 
 def _continuing(pattern: Pattern, heads: int, positions: Array) -> tuple[Tokens, Int[Array, "batch offsets keys"]]:
@@ -155,4 +128,4 @@ def _continuing(pattern: Pattern, heads: int, positions: Array) -> tuple[Tokens,
     start = xp.broadcast_to(((segment[:, None] - first) * slots), kept.shape)
     stop = start + (within // rate)[:, None] + 1
     start, stop = (pick(xp.where(kept, x, 0), index) for x in (start, stop))
-    return Tokens(index, xp.astype(start, xp.int32), xp.astype(stop, xp.int32), range(heads)), at
+    return Tokens(index, xp.astype(start, xp.int32), xp.astype(stop, xp.int32), heads), at

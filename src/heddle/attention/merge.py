@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxtyping import Float
 
-from .arrays import Array, namespace
+from .arrays import Array, accumulator_dtype, namespace
 
 
 def merge(
@@ -50,3 +50,15 @@ def merge(
         out = out + xp.astype(part, total.dtype) * (weight / total)[..., None]
     lse = xp.where(empty, xp.full_like(total, -float("inf")), xp.log(total) + highest)
     return xp.astype(out, parts[0][0].dtype), lse
+
+
+def over_no_keys(
+    query: Float[Array, "batch q_len heads dim"], value_dim: int
+) -> tuple[Float[Array, "batch q_len heads value_dim"], Float[Array, "batch q_len heads"]]:
+    """``(out, lse)`` of queries that see nothing, 0 and -inf: what :func:`merge` leaves others as they are with.
+
+    New arrays, in the dtype of sums.
+    """
+    xp, dtype = namespace(query), accumulator_dtype(query)
+    out = xp.repeat(xp.zeros_like(query[..., :1], dtype=dtype), value_dim, axis=-1)
+    return out, xp.full_like(query[..., 0], -float("inf"), dtype=dtype)

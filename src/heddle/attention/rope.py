@@ -122,6 +122,11 @@ class Rope:
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def by_length(self) -> bool:
+        """Whether a position's angles depend on how long the text is that is read with it."""
+        return self.rule in ("dynamic", "longrope")
+
     def tables(
         self, positions: Int[Array, "batch seq"]
     ) -> tuple[Float[Array, "batch seq half"], Float[Array, "batch seq half"]]:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from heddle.attention.dilated import Pattern, check_patterns
+from heddle.attention.dilated_patterns import Pattern, check_patterns
 
 from .tables import show
 from .timing import interleave, machine, peak_memory

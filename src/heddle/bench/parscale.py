@@ -57,10 +57,10 @@ def run(
         if value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
     from heddle.data.tokenizers import Tokenizer
-    from heddle.jax import generation
+    from heddle.jax import decoding
 
-    if tokens > generation.STEPS:
-        raise ValueError(f"--tokens must be at most {generation.STEPS}, as many as one call decodes, got {tokens}")
+    if tokens > decoding.STEPS:
+        raise ValueError(f"--tokens must be at most {decoding.STEPS}, as many as one call decodes, got {tokens}")
     with Console(stderr=True).status("loading") as status:
         tokenizer = Tokenizer.from_pretrained(model)
         models = {count: _load(model, count, cross_attn) for count in counts}
@@ -227,7 +227,7 @@ def _deeper(base: Any, times: float) -> Any:
     from flax import nnx
 
     from heddle.jax import Transformer
-    from heddle.jax.checkpoint import dotted
+    from heddle.jax.parallel import dotted
 
     count = base.config.num_hidden_layers
     config = replace(base.config, num_hidden_layers=round(count * times), sliding_window=None, layer_types=None)

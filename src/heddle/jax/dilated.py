@@ -18,7 +18,8 @@ from jaxtyping import Bool, Float, Int
 
 from heddle.attention.arrays import Array
 from heddle.attention.attend import attend, score_scale
-from heddle.attention.dilated import check_patterns, check_sequence, dilated_forward
+from heddle.attention.dilated import check_sequence, dilated_forward
+from heddle.attention.dilated_patterns import check_patterns
 from heddle.attention.mask import Mask
 
 from .layers import LayerNorm, Linear

@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from heddle.attention.arrays import Array, to_numpy
-from heddle.attention.dilated import Pattern, check_patterns
 from heddle.attention.dilated_cache import DilatedCache, dilated_cached, empty_cache
+from heddle.attention.dilated_patterns import Pattern, check_patterns
 
 from .cache import DTYPES, Cache, check_sizes
 

@@ -9,17 +9,20 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from heddle.attention import PADDING_SEGMENT_ID
 from heddle.attention.arrays import Array
-from heddle.attention.dilated import check_patterns, dilated_attention, document_positions
+from heddle.attention.dilated import dilated_attention
+from heddle.attention.dilated_grids import document_positions
+from heddle.attention.dilated_patterns import check_patterns
 from heddle.attention.rope import Rope, rotate
 from heddle.attention.xpos import Tables, check_position, position_tables
 from heddle.data.locate import read_json
@@ -28,7 +31,8 @@ from .cache import Cache
 from .dilated import MultiheadDilatedAttention
 from .dilated_cache import DilatedKVCache
 from .layers import LayerNorm, Linear
-from .model import ACTIVATIONS, LanguageModel
+from .model import ACTIVATIONS, LanguageModel, rematerialized
+from .parallel import Layout
 
 MODEL_TYPE = "longnet"
 #: Fields of a ``config.json`` that change nothing here, whatever they say.
@@ -152,6 +156,7 @@ class _Sequences(NamedTuple):
     tables: tuple[Tables, Tables]  #: of queries and of keys
     segment_ids: Array | None
     cached: Any  #: with a cache, what it says of these tokens
+    layout: Layout  #: where activations lie
 
 
 class FeedForward(nnx.Module):
@@ -188,9 +193,10 @@ class Layer(nnx.Module):
             (out, _), cache = cache.attend(layer, query, key, value, sequences.cached)
         else:
             lists = zip(*self.self_attn.attention.patterns, strict=True)
+            query, key, value = map(sequences.layout.by_heads, (query, key, value))
             out = dilated_attention(query, key, value, *lists, is_causal=True, segment_ids=sequences.segment_ids)
-        x_btd = x_btd + self.self_attn.output(out)
-        return x_btd + self.feed_forward(x_btd), cache
+        x_btd = sequences.layout(x_btd + self.self_attn.output(out), "batch", "seq")
+        return sequences.layout(x_btd + self.feed_forward(x_btd), "batch", "seq"), cache
 
 
 class LongNetLM(LanguageModel):
@@ -202,11 +208,11 @@ class LongNetLM(LanguageModel):
             with the gain ``sqrt(ln 2M)`` for ``M`` layers on all but queries and keys.
         dtype: of the computation, and of the logits.
         param_dtype: of the weights; None: ``dtype``.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: as of :class:`~heddle.jax.Transformer`.
     """
 
     def __init__(
-        self, config: LongNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=None, remat: bool = False
+        self, config: LongNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=None, remat: bool | str = False
     ):
         self.config, self.dtype, self.remat = config, jnp.dtype(dtype), remat
         weights = jnp.dtype(param_dtype or dtype)
@@ -226,7 +232,8 @@ class LongNetLM(LanguageModel):
         Args:
             name: folder or hub name.
             dtype: of weights and computation, as of :meth:`heddle.jax.Transformer.from_pretrained`.
-            options: ``param_dtype`` and ``remat``, as for the class.
+            options: ``param_dtype`` and ``remat``, as for the class; ``mesh``, as of
+                :meth:`heddle.jax.Transformer.from_pretrained`.
 
         Raises:
             FileNotFoundError: nothing there.
@@ -261,11 +268,11 @@ class LongNetLM(LanguageModel):
         Raises:
             ValueError: arguments that disagree; under jit only what shapes tell. A token past the end of the cache.
         """
-        hidden_btd = self.hidden(tokens, positions, segment_ids, cache)
+        hidden_btd, layout = self.hidden(tokens, positions, segment_ids, cache), self.layout(cache is not None)
         if cache is None:
-            return self.head(hidden_btd)
+            return layout(self.head(hidden_btd), "batch", "seq", "vocab")
         hidden_btd, cache = hidden_btd
-        return self.head(hidden_btd), cache
+        return layout(self.head(hidden_btd), "batch", "seq", "vocab"), cache
 
     def hidden(
         self,
@@ -273,8 +280,12 @@ class LongNetLM(LanguageModel):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         cache: Cache | None = None,
+        noise: Float[Array, "batch seq hidden"] | None = None,
     ) -> Any:
-        """As the call, but the final hidden states ``(batch, seq, hidden)``: ``model.head`` makes logits of them."""
+        """As the call, but the final hidden states ``(batch, seq, hidden)``: ``model.head`` makes logits of them.
+
+        ``noise`` is added to the embeddings.
+        """
         self._check(tokens, positions, segment_ids, cache)
         config, cached, added = self.config, None, None
         if cache is not None:
@@ -291,21 +302,24 @@ class LongNetLM(LanguageModel):
             config.position, place, config.head_dim, config.segment_lengths,
             theta=config.rope_theta, scale_base=config.xpos_scale_base,
         )  # fmt: skip
-        sequences = _Sequences(tables, segment_ids, cached)
+        layout = self.layout(cache is not None)
+        sequences = _Sequences(tables, segment_ids, cached, layout)
         x_btd = self._embed(tokens) * jnp.asarray(config.hidden_size**0.5, self.dtype)
+        x_btd = layout(x_btd if noise is None else x_btd + noise.astype(self.dtype), "batch", "seq")
         for index, layer in enumerate(self.layers):
             if self.remat and cache is None:
-                x_btd = jax.checkpoint(lambda layer, *args: layer(*args, None, 0)[0])(layer, x_btd, sequences)
+                x_btd = rematerialized(layer, self.remat)(x_btd, sequences)
             else:
                 x_btd, cache = layer(x_btd, sequences, cache, index)
         x_btd = self.norm(x_btd)
-        return x_btd if cache is None else (x_btd, cache.advance(added))
+        return x_btd if cache is None else (x_btd, layout.keep(cache.advance(added)))
 
     def empty_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
         """See :meth:`~heddle.jax.model.LanguageModel.empty_cache`; one of bounded size, however long ``max_len`` is."""
         config = self.config
-        return DilatedKVCache.empty(
-            config.segment_lengths, config.dilation_rates, layers=config.num_hidden_layers,
+        make = partial(
+            DilatedKVCache.empty, config.segment_lengths, config.dilation_rates, layers=config.num_hidden_layers,
             heads=config.num_attention_heads, kv_heads=config.num_attention_heads, head_dim=config.head_dim,
             batch=batch, max_len=max_len, dtype=self.dtype if dtype is None else dtype,
         )  # fmt: skip
+        return self.layout(cached=True).empty(make, batch)

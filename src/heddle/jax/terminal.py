@@ -21,6 +21,7 @@ from heddle.data.tokenizers import Tokenizer
 from .generation import Past, Piece, generate, stream
 from .model import Transformer
 from .sampling import Sampler
+from .speculation import PromptLookup
 
 HELP = """\
 /reset          forget the conversation
@@ -82,6 +83,7 @@ def answer(
     seed: int = 0,
     stop: Sequence[str] = (),
     system: str | None = None,
+    speculate: int = 0,
     raw: bool = False,
     dtype: str = "auto",
     as_json: bool = False,
@@ -93,12 +95,15 @@ def answer(
         prompts: what to answer; several are one batch. Without any, what stands on stdin.
         raw: continue the text as it is; else, where the model has a chat template, a prompt is a user's message.
         system: the system message; None: the model's own.
+        speculate: tokens of a draft by prompt lookup, 0: none.
         as_json: print one JSON object for each prompt.
     """
     if not prompts:
         if sys.stdin.isatty():
             raise ValueError("--prompt must be given where stdin is a terminal")
         prompts = [sys.stdin.read().removesuffix("\n")]
+    if speculate < 0:
+        raise ValueError(f"--speculate must be at least 0, got {speculate}")
     model, tokenizer = load(name, dtype)
     if system is not None and (raw or not tokenizer.chat_template):
         raise ValueError("--system must go with a chat template, and without --raw")
@@ -110,6 +115,7 @@ def answer(
             messages = [*_opening(system), {"role": "user", "content": prompt}]
             encoded.append(tokenizer.encode(tokenizer.chat(messages), add_special=False))
     options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "seed": seed, "stop": stop}
+    options["speculate"] = PromptLookup(num_tokens=speculate) if speculate else None
     if len(encoded) == 1 and not as_json:
         speed = Speed(len(encoded[0]))
         _print(speed.watch(stream(model, tokenizer, encoded[0], **options)))

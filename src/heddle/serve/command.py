@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
+from heddle.data.locate import EMBEDDED, MODEL
+
 
 def serve(
-    model: str | None = typer.Option(
-        None, help="A folder, a GGUF file or a name on the Hugging Face hub.",
-        show_default="the embedded SmolLM2-135M-Instruct",
-    ),
+    model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
     host: str = typer.Option("127.0.0.1", help="The address to listen at; 0.0.0.0: every network this machine is in."),
     port: int = typer.Option(8000, help="0: any that is free."),
     name: str | None = typer.Option(None, help="The model's name in requests.", show_default="from --model"),
@@ -20,6 +19,9 @@ def serve(
         typer.Option(help="A key that requests have to bring; may be repeated.", envvar="HEDDLE_API_KEYS"),
     ] = None,
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+    cache_dtype: str | None = typer.Option(
+        None, help="What keys and values are kept in: also int8, a quarter of float32's memory.", show_default="--dtype"
+    ),
     max_batch: int = typer.Option(32, help="Answers under way at once."),
     blocks: int | None = typer.Option(None, help="Blocks of the cache.", show_default="1024 tokens for each answer"),
     block_size: int = typer.Option(32, help="Tokens in a block: 16, 32, 64 or 128."),
@@ -50,6 +52,7 @@ def serve(
             "block_size": block_size,
             "prefill_chunk": prefill_chunk,
             "max_queue": max_queue,
+            "cache_dtype": cache_dtype,
         },
         limits=app.Limits(max_body, max_tokens, timeout),
         drain=drain,

@@ -11,13 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from heddle.attention.attend import REFERENCE, attend, choose, score_scale
-from heddle.attention.dilated import (
-    Pattern,
-    check_patterns,
-    check_sequence,
-    dilated_backward,
-    dilated_forward,
-)
+from heddle.attention.dilated import check_sequence, dilated_backward, dilated_forward
+from heddle.attention.dilated_patterns import Pattern, check_patterns
 from heddle.attention.mask import Mask
 
 

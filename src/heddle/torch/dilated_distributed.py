@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from heddle.attention.dilated import Pattern, dilated_forward, document_positions
+from heddle.attention.dilated import dilated_forward
+from heddle.attention.dilated_grids import document_positions
+from heddle.attention.dilated_patterns import Pattern
 from heddle.attention.mask import PADDING_SEGMENT_ID, Mask
 from heddle.attention.merge import merge
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from heddle.attention.dilated import causal_pairs
+from heddle.attention.dilated_patterns import causal_pairs
 from heddle.attention.mask import PADDING_SEGMENT_ID
 
 from .huggingface import dilation

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from heddle.attention.attend import attend
-from heddle.attention.dilated import Pattern, check_patterns, dilated_attention
+from heddle.attention.dilated import dilated_attention
 from heddle.attention.dilated_continue import dilated_continue
+from heddle.attention.dilated_patterns import Pattern, check_patterns, patterns_of_option
 from heddle.attention.mask import PADDING_SEGMENT_ID, Mask
 
 from .dilated import ImprovedDilatedAttention
@@ -171,17 +172,7 @@ def dilation(config: Any) -> tuple[Pattern, ...] | None:
     """
     if getattr(config, "model_type", None) == "longnet":
         return check_patterns(config.segment_lengths, config.dilation_rates)
-    option = getattr(config, "attention", None)
-    if option is None:
-        return None
-    fields = {"dense": {"kind"}, "dilated": {"kind", "segment_lengths", "dilation_rates"}}
-    kind = option.get("kind") if isinstance(option, dict) else None
-    if kind not in fields or set(option) != fields[kind]:
-        raise ValueError(
-            "attention must be {'kind': 'dense'} or {'kind': 'dilated', 'segment_lengths': [...], "
-            f"'dilation_rates': [...]}}, got {option!r}"
-        )
-    return None if kind == "dense" else check_patterns(option["segment_lengths"], option["dilation_rates"])
+    return patterns_of_option(getattr(config, "attention", None))
 
 
 def dilated(

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from heddle.attention.dilated import document_positions
+from heddle.attention.dilated_grids import document_positions
 from heddle.attention.mask import PADDING_SEGMENT_ID
 from heddle.attention.rope import rotate
 from heddle.attention.xpos import Tables, position_tables

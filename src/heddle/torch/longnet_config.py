@@ -7,7 +7,7 @@ from typing import Any, no_type_check
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 
-from heddle.attention.dilated import check_patterns
+from heddle.attention.dilated_patterns import check_patterns
 from heddle.attention.xpos import check_position
 
 
