@@ -132,6 +132,28 @@ class ParScaleOptions:
 
 
 @dataclass
+class MeshOptions:
+    """How many devices along each axis of the mesh, see :mod:`heddle.jax.parallel`; all 1: one device.
+
+    One axis may be -1: what is left. The product is the number of devices, over all processes.
+    """
+
+    data: int = 1  #: rows of the batch are dealt, parameters copied
+    fsdp: int = 1  #: rows of the batch are dealt, parameters and optimiser too
+    tensor: int = 1  #: heads, feed-forward units and vocabulary are dealt
+    context: int = 1  #: the tokens of each row are dealt
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise ValueError(f"mesh.{name} must be at least 1, or -1 for what is left, got {size}")
+        free = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise ValueError(f"one axis of the mesh may be -1, got {' and '.join(free)}")
+
+
+@dataclass
 class TrainingOptions:
     """How to train."""
 
@@ -190,7 +212,9 @@ class TrainingOptions:
 
 
 #: Options and values that one wing alone has.
-ONE_WING = {"training.report_to": "torch", "training.optimizer=lion": "jax"}
+ONE_WING = {"training.report_to": "torch", "training.optimizer=lion": "jax"} | {
+    f"mesh.{option.name}": "jax" for option in dataclasses.fields(MeshOptions)
+}
 
 
 @dataclass
@@ -203,6 +227,7 @@ class Config:
     parscale: ParScaleOptions = field(default_factory=ParScaleOptions)
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
 
     def __post_init__(self):
         if not self.output:

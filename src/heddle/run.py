@@ -6,12 +6,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from heddle.config import Config, load_config
+from heddle.config import Config, MeshOptions, load_config
 from heddle.data.corpora import Reader, open_corpus, tokenized
 from heddle.data.packing import Batch, Packer
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
@@ -23,7 +24,7 @@ CHANGEABLE = {"output"} | {
         "max_steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_batches", "checkpoint_every", "keep",
         "report_to",
     )
-}  # fmt: skip
+} | {f"mesh.{option.name}" for option in fields(MeshOptions)}  # fmt: skip
 
 EMBEDDED = "embedded"  #: names the small model that a package carries, where None means none
 

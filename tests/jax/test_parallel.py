@@ -1,486 +1,502 @@
-"""Context parallelism over 8 devices of this process and over 2 processes, against the float64 oracle of one device."""
+"""A model over 8 devices of this process, and over 2 processes: the table, and that nothing differs from one device."""
 
 from __future__ import annotations
 
 import os
-import re
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from compile_once import compile_once  # noqa: F401
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from attention_cases import Case, oracle, segments
-from heddle import Mask, attend
-from heddle.attention import balance
-from heddle.jax.parallel import context_attend, permute_tokens, shard, unpermute_tokens, unshard
+from attention_cases import segments
+from heddle.config import TrainingOptions
+from heddle.data.packing import NO_TARGET, Batch, Packer
+from heddle.data.tokenizers import Tokenizer
+from heddle.jax.checkpoint import Safetensors
+from heddle.jax.engine import Engine, Request
+from heddle.jax.generation import generate
+from heddle.jax.lm import cross_entropy, lm
+from heddle.jax.longnet import LongNetConfig, LongNetLM
+from heddle.jax.model import Transformer
+from heddle.jax.model_config import Dilation, ModelConfig
+from heddle.jax.parallel import (
+    Layout,
+    check_parameters,
+    create,
+    initialize,
+    make_mesh,
+    partition_spec,
+    place,
+    shardings,
+)  # fmt: skip
+from heddle.jax.train import Trainer
+from heddle.metrics import read_metrics
 
-METHODS = ["all_gather", "ring"]
-SEQ = 64
-PACKED = segments(30, 5, 17, padding=12)
-ROWS = np.concatenate([PACKED, segments(64), segments(9, 40, padding=15), segments(64)])
-AXES = ("context",)
+SEQ, ROWS = 32, 4
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3,
+}  # fmt: skip
 
 #: For programs that take longer to compile than to run.
 jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def mesh_of(*sizes: int, names=AXES, kind=AxisType.Auto) -> jax.sharding.Mesh:
-    count = int(np.prod(sizes))
-    return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes), devices=jax.devices()[:count])
+def config(**options):
+    return ModelConfig(**SIZES | options)
 
 
-def values_and_gradients(forward: Callable, query, key, value, d_out, d_lse) -> dict[str, jax.Array]:
-    (out, lse), backward = jax.vjp(forward, query, key, value)
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *backward((d_out, d_lse)))))
-
-
-def in_order(arrays: dict, order: np.ndarray | None) -> dict:
-    """The rows of queries in ``order``; keys as they are."""
-    if order is None:
-        return arrays
-    return {name: x if name in ("key", "value", "dk", "dv") else x[:, order] for name, x in arrays.items()}
-
-
-def compare(got: dict, want: dict, tolerance: float = 1e-5) -> None:
-    for name, array in got.items():
-        bound = tolerance * max(1.0, np.abs(want[name][np.isfinite(want[name])]).max(initial=0))
-        np.testing.assert_allclose(np.asarray(array, np.float64), want[name], rtol=0, atol=bound, err_msg=name)
-
-
-# ---------------------------------------------------------------- equal to one device
-
-
-def natural(mask, ranks):
-    return None
-
-
-def zigzag(mask, ranks):
-    return balance.zigzag(SEQ, ranks)
-
-
-def by_area(mask, ranks):
-    return balance.by_area(mask, ranks, chunk=4)
-
-
-CASES = [
-    (Case("no mask", SEQ, SEQ, heads=4), natural),
-    (Case("causal", SEQ, SEQ, lambda: Mask.causal(SEQ), heads=4, kv_heads=2), zigzag),
-    (Case("packed documents and padding", SEQ, SEQ, lambda: Mask.documents(PACKED), heads=4, kv_heads=1), by_area),
-    (Case("value dim", SEQ, SEQ, lambda: Mask.documents(PACKED), value_dim=24, scale=0.3), natural),
-    (Case("documents differ by row", SEQ, SEQ, lambda: Mask.documents(ROWS), batch=4, heads=4, kv_heads=2), zigzag),
-    (Case("short prefix and window", SEQ, SEQ, lambda: Mask.window(SEQ, 9, prefix=5), batch=2), zigzag),
-    (Case("prefix of more than a part", SEQ, SEQ, lambda: Mask.window(SEQ, 9, prefix=35), heads=4), by_area),
-    (Case("fewer queries than keys", 32, SEQ, lambda: Mask.causal(32, SEQ, 32), batch=2), natural),
-]
-IDS = [case.name.replace(" ", "-") for case, _ in CASES]
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("case", "deal"), CASES, ids=IDS)
-def test_equals_one_device(case, deal, method):
-    check(case, deal, method, mesh_of(4))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_eight_devices(method):
-    check(CASES[2][0], by_area, method, mesh_of(8))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_one_device(method):
-    check(CASES[1][0], zigzag, method, mesh_of(1))
-
-
-def check(case: Case, deal: Callable, method: str, mesh) -> None:
-    mask, arrays = case.mask(), case.arrays()
-    order = deal(mask, mesh.size)
-    part = mask if order is None else mask.take(order)
-
-    @jit
-    def run(arrays):
-        def forward(query, key, value):
-            return context_attend(
-                query, key, value, part, "context", method, mesh=mesh, scale=case.scale, return_lse=True
-            )
-
-        return values_and_gradients(forward, **arrays)
-
-    compare(run(in_order(arrays, order)), in_order(oracle(case, arrays), order))
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_reference_implementation(method):
-    """Another implementation by name, not jitted by the caller."""
-    case, mesh = CASES[3][0], mesh_of(2)
-    arrays = case.arrays()
-
-    def forward(query, key, value):
-        return context_attend(
-            query, key, value, case.mask(), "context", method, mesh=mesh, scale=case.scale,
-            implementation="reference", return_lse=True,
-        )  # fmt: skip
-
-    got = values_and_gradients(forward, **{name: jnp.asarray(x) for name, x in arrays.items()})
-    compare(got, oracle(case, arrays))
-
-
-# ---------------------------------------------------------------- beside other axes of the mesh
-
-MANY = Case("rows", SEQ, SEQ, lambda: Mask.documents(ROWS), batch=4, heads=4, kv_heads=2)
-
-
-DATA_TENSOR = ("data", "context", "tensor"), "data", "tensor"
-FSDP = ("data", "fsdp", "context"), ("data", "fsdp"), None
-
-
-@pytest.mark.parametrize(
-    ("axes", "kv_heads", "kind", "method"),
-    [
-        (DATA_TENSOR, 2, AxisType.Auto, "all_gather"),
-        (DATA_TENSOR, 2, AxisType.Auto, "ring"),
-        (DATA_TENSOR, 2, AxisType.Explicit, "all_gather"),
-        (DATA_TENSOR, 1, AxisType.Explicit, "ring"),
-        (DATA_TENSOR, 1, AxisType.Auto, "all_gather"),
-        (FSDP, 2, AxisType.Auto, "ring"),
-        (FSDP, 2, AxisType.Explicit, "all_gather"),
-    ],
-    ids=str,
-)
-def test_with_other_axes(axes, kv_heads, kind, method):
-    """Explicit axes say themselves what the batch and the heads are spread over."""
-    names, batch, heads = axes
-    mesh = mesh_of(2, 2, 2, names=names, kind=kind)
-    case = Case("rows", SEQ, SEQ, lambda: Mask.documents(ROWS), batch=4, heads=4, kv_heads=kv_heads)
-    spec = PartitionSpec(batch, "context", heads)
-    key_spec = PartitionSpec(batch, "context", None if kv_heads == 1 else heads)
-    order, arrays, want = balance.zigzag(SEQ, 2), case.arrays(), oracle(case, case.arrays())
-    placed = {
-        name: jax.device_put(x, NamedSharding(mesh, key_spec if name in ("key", "value") else spec))
-        for name, x in in_order(arrays, order).items()
-    }
-    options = {"batch_axis": batch, "head_axis": heads} if kind == AxisType.Auto else {}
-
-    @jit
-    def run(arrays, mask):
-        def forward(query, key, value):
-            return context_attend(query, key, value, mask, "context", method, mesh=mesh, return_lse=True, **options)
-
-        return values_and_gradients(forward, **arrays)
-
-    got = run(placed, case.mask().take(order))
-    compare(got, in_order(want, order))
-    for name, array in got.items():
-        assert array.sharding.is_equivalent_to(
-            NamedSharding(mesh, key_spec if name in ("dk", "dv") else spec), array.ndim
-        ), name
-
-
-def traffic(text: str) -> set[tuple[str, str]]:
-    """The collectives of a compiled program, each with the types of what it moves."""
-    kinds = "all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all"
-    return {
-        (kind, dtype)
-        for result, kind in re.findall(rf"= (\(?[^=]*?\)?) ({kinds})(?:-start)?\(", text)
-        for dtype in re.findall(r"(\w+)\[", result)
-    }
-
-
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ("all_gather", {("all-gather", "bf16"), ("reduce-scatter", "f32")}),
-        ("ring", {("collective-permute", "bf16"), ("collective-permute", "f32")}),
-    ],
-)
-def test_what_is_exchanged(method, expected):
-    """Keys in their own dtype, their gradients in float32; what is spread over other axes stays where it is."""
-    mesh = mesh_of(2, 2, 2, names=("data", "context", "tensor"))
-    sharding = NamedSharding(mesh, PartitionSpec("data", "context", "tensor"))
-    arrays = {name: jax.device_put(x.astype("bfloat16"), sharding) for name, x in MANY.arrays().items()}
-    arrays["d_lse"] = arrays["d_lse"].astype("float32")
-    mask = shard(MANY.mask(), "context", mesh=mesh, batch_axis="data")
-
-    @jit
-    def run(arrays, mask):
-        forward = partial(
-            context_attend, mask=mask, axis="context", method=method, mesh=mesh, batch_axis="data", head_axis="tensor",
-            return_lse=True,
-        )  # fmt: skip
-        return values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays)
-
-    lowered = run.lower(arrays, mask)
-    assert traffic(lowered.as_text(dialect="hlo")) == expected
-    # XLA adds nothing to it, but its compiler for CPUs widens bfloat16.
-    assert {kind for kind, _ in traffic(lowered.compile().as_text())} == {kind for kind, _ in expected}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_add_in_float32(method):
-    """Eight devices' gradients of one key: 256 and seven times 1, of which bfloat16 sums would keep nothing."""
-    ones = jnp.ones((1, 8, 1, 16), "bfloat16")
-    mask = Mask(np.zeros((1, 8), np.int32), np.ones((1, 8), np.int32))  # all see the first key alone: weight 1
-
-    def attended(value):
-        return context_attend(ones, ones, value, mask, "context", method, mesh=mesh_of(8))
-
-    d_value = jit(lambda value, d_out: jax.vjp(attended, value)[1](d_out)[0])(ones, ones.at[:, 3].set(256))
-    np.testing.assert_array_equal(np.asarray(d_value[0, 0, 0], np.float32), 264)  # 263, rounded once
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bfloat16(method):
-    case = CASES[1][0]
-    arrays = {name: jnp.asarray(x, "bfloat16") for name, x in case.arrays().items()}
-    arrays["d_lse"] = arrays["d_lse"].astype("float32")
-    forward = partial(context_attend, mask=case.mask(), axis="context", method=method, mesh=mesh_of(4), return_lse=True)
-    got = jit(lambda arrays: values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays))(arrays)
-    assert {name: x.dtype.name for name, x in got.items()} == {
-        "out": "bfloat16", "lse": "float32", "dq": "bfloat16", "dk": "bfloat16", "dv": "bfloat16"
-    }  # fmt: skip
-    compare(got, oracle(case, {name: np.asarray(x, np.float64) for name, x in arrays.items()}), 2e-2)
-
-
-# ---------------------------------------------------------------- random documents
-
-
-@st.composite
-def documents(draw):
-    """Segment ids of two rows of SEQ tokens, padding anywhere between documents, and an order of the queries."""
-    rows = []
-    for _ in range(2):
-        cuts = sorted(draw(st.lists(st.integers(1, SEQ - 1), max_size=8, unique=True)))
-        lengths = np.diff([0, *cuts, SEQ])
-        ids = [-1 if draw(st.booleans()) and draw(st.booleans()) else i for i in range(len(lengths))]
-        rows.append(np.repeat(ids, lengths))
-    chunks = draw(st.permutations(range(SEQ // 4)))
-    return np.stack(rows).astype(np.int32), (4 * np.array(chunks)[:, None] + np.arange(4)).reshape(-1)
-
-
-@partial(jit, static_argnames="method")
-def attended(arrays, mask, method):
-    forward = partial(context_attend, mask=mask, axis="context", method=method, mesh=mesh_of(4), return_lse=True)
-    return values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@given(drawn=documents())
-@settings(max_examples=25)
-def test_random_documents(method, drawn):
-    ids, order = drawn
-    case = Case("random", SEQ, SEQ, lambda: Mask.documents(ids), batch=2, heads=2, kv_heads=1)
-    arrays = case.arrays()
-    got = attended(in_order(arrays, order), case.mask().take(order).on(jnp.zeros(())), method)
-    compare(got, in_order(oracle(case, arrays), order))
-
-
-# ---------------------------------------------------------------- within the user's shard_map
-
-
-@pytest.mark.parametrize(("method", "check_vma"), [("all_gather", True), ("ring", True), ("ring", False)])
-def test_within_shard_map(method, check_vma):
-    """A layer and its loss, all on the devices' own parts: weights and key heads that all devices have, query heads
-    spread over another axis."""
-    mesh = mesh_of(2, 2, names=("context", "tensor"))
-    mask = Mask.documents(PACKED).on(jnp.zeros(()))
-    order = balance.by_area(mask, 2, chunk=4)
-    rng = np.random.default_rng(0)
-    x, w_query, w_key = (
-        jnp.asarray(rng.standard_normal(shape) * size, "float32")
-        for shape, size in (((1, SEQ, 8), 1), ((8, 4, 16), 8**-0.5), ((8, 1, 16), 8**-0.5))
+def parscale(mode):
+    return config(model_type="qwen2").with_parscale(
+        parscale_n=2, parscale_n_tokens=3, enable_cross_attn=True, parscale_cross_attn_mode=mode
     )
 
-    def layer(x_query, x_key, w_query, w_key, attention):
-        key = jnp.einsum("btm,mhd->bthd", x_key, w_key)
-        return jnp.sin(attention(jnp.einsum("btm,mhd->bthd", x_query, w_query), key, key))
 
-    def alone(x, w_query, w_key):
-        out = layer(x, x, w_query, w_key, lambda q, k, v: attend(q, k, v, mask, implementation="reference"))
-        return jnp.sum(out**3), out
-
-    @partial(
-        jax.shard_map, mesh=mesh, check_vma=check_vma,
-        in_specs=(PartitionSpec(), PartitionSpec(None, "tensor"), PartitionSpec()),
-        out_specs=(PartitionSpec(), PartitionSpec(None, "context", "tensor")),
-    )  # fmt: skip
-    def together(x, w_query, w_key):
-        mine = shard(mask, "context", order)
-        out = layer(
-            shard(x, "context", order), shard(x, "context"), w_query, w_key,
-            lambda q, k, v: context_attend(q, k, v, mine, "context", method),
-        )  # fmt: skip
-        return jax.lax.psum(jnp.sum(out**3), ("context", "tensor")), out
-
-    (loss, out), gradients = jit(jax.value_and_grad(together, (0, 1, 2), has_aux=True))(x, w_query, w_key)
-    (want_loss, want_out), want = jit(jax.value_and_grad(alone, (0, 1, 2), has_aux=True))(x, w_query, w_key)
-    np.testing.assert_allclose(unpermute_tokens(out, order), want_out, atol=1e-5)
-    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
-    for got, expected in zip(gradients, want):
-        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+def longnet():
+    sizes = {name: SIZES[name] for name in SIZES if name not in ("num_key_value_heads", "initializer_range")}
+    return LongNetConfig(**sizes, segment_lengths=(4, 16), dilation_rates=(1, 2))
 
 
-def test_whole_again_within_shard_map():
-    """unshard gives every device the whole; the gradients of all devices' wholes add up."""
-    mesh, order = mesh_of(4), balance.zigzag(SEQ, 4)
-    x = jnp.arange(2.0 * SEQ).reshape(1, SEQ, 2)
-
-    @partial(jax.shard_map, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec("context"))
-    def wholes(x):
-        whole, double = unshard(shard((x, 2 * x), "context", order), "context", order)
-        return (1 + jax.lax.axis_index("context")) * (whole + double)
-
-    got = jit(wholes)(x)
-    np.testing.assert_array_equal(got, 3 * x * np.arange(1, 5)[:, None, None])
-    np.testing.assert_array_equal(jit(jax.grad(lambda x: wholes(x).sum()))(x), np.full_like(x, 30))
+CONFIGS = {
+    "llama": config,
+    "tied, biases": partial(config, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "window": partial(config, model_type="mistral", sliding_window=5),
+    "dilated": partial(config, attention=Dilation((4, 16), (1, 2))),
+    "joint": partial(parscale, "joint"),
+    "sublayer": partial(parscale, "sublayer"),
+    "longnet": longnet,
+}
 
 
-# ---------------------------------------------------------------- whole arrays
+def build(kind, **options):
+    made = CONFIGS[kind]()
+    return (LongNetLM if kind == "longnet" else Transformer)(made, rngs=nnx.Rngs(0), **options)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("jitted", [False, True])
-def test_shard_and_unshard(kind, jitted):
-    mesh, order = mesh_of(2, 4, names=("data", "context"), kind=kind), balance.zigzag(SEQ, 4)
-    tokens, x, mask = np.arange(2 * SEQ).reshape(2, SEQ), np.ones((2, SEQ, 3)).cumsum(1), Mask.window(SEQ, 9, prefix=4)
-    wrap = jit if jitted else lambda function: function
-    spread = wrap(partial(shard, axis="context", order=order, mesh=mesh, batch_axis="data"))
-    got_tokens, got_mask, got_x = spread((tokens, mask, jnp.asarray(x)))
-
-    sharding = NamedSharding(mesh, PartitionSpec("data", "context"))
-    for got, want in ((got_tokens, tokens), (got_x, jnp.asarray(x))):
-        assert got.sharding.is_equivalent_to(sharding, got.ndim)
-        np.testing.assert_array_equal(got, want[:, order])
-    assert got_mask.start.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(None, "context")), 2)
-    np.testing.assert_array_equal(got_mask.dense(SEQ), mask.take(order).dense(SEQ))
-
-    again = wrap(partial(unshard, axis="context", order=order))((got_tokens, got_x))
-    np.testing.assert_array_equal(again[0], tokens)
-    np.testing.assert_array_equal(again[1], jnp.asarray(x))
-    np.testing.assert_array_equal(unshard(shard(tokens, "context", mesh=mesh), "context"), tokens)
+def packed():
+    """Rows of documents and padding, one of them a single document."""
+    rows = [segments(9, 14, padding=9), segments(SEQ), segments(3, 20, 5, padding=4), segments(1, 31)]
+    ids = np.concatenate(rows)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SIZES["vocab_size"], ids.shape).astype(np.int32)
+    follows = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    targets = np.pad(np.where(follows, tokens[:, 1:], NO_TARGET), ((0, 0), (0, 1)), constant_values=NO_TARGET)
+    begins = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+    starts = np.maximum.accumulate(np.where(begins, np.arange(SEQ), 0), axis=1)
+    positions = np.where(ids < 0, 0, np.arange(SEQ) - starts)
+    return Batch(tokens, ids.astype(np.int32), positions.astype(np.int32), targets.astype(np.int32))
 
 
-def test_permute_tokens():
-    order = balance.zigzag(SEQ, 4)
-    tokens, positions = jnp.arange(SEQ)[None], jnp.arange(SEQ)[None] * 2
-    permuted = permute_tokens((tokens, positions), order)
-    np.testing.assert_array_equal(permuted[0][0], order)
-    np.testing.assert_array_equal(unpermute_tokens(permuted, order)[1], positions)
-
-
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_where_the_mesh_comes_from(kind, jitted):
-    mesh = mesh_of(4, kind=kind)
-    case = CASES[1][0]
-    arrays = case.arrays()
-    want = oracle(case, arrays)["out"]
-    wrap = jit if jitted else lambda function: function
-    run = wrap(lambda query, key, value: context_attend(query, key, value, case.mask(), "context"))
-    query_key_value = [arrays[name] for name in ("query", "key", "value")]
-    placed = shard(tuple(query_key_value), "context", mesh=mesh)
-    np.testing.assert_allclose(run(*placed), want, atol=1e-5)  # the arrays'
-    with jax.set_mesh(mesh):
-        np.testing.assert_allclose(run(*wrap(partial(shard, axis="context"))(placed)), want, atol=1e-5)
-        if kind == AxisType.Auto:  # explicit arrays must lie where they are used
-            np.testing.assert_allclose(run(*map(jnp.asarray, query_key_value)), want, atol=1e-5)
-
-
-# ---------------------------------------------------------------- refusals
-
-
-def zeros(length: int, batch: int = 1, heads: int = 4) -> jax.Array:
-    return jnp.zeros((batch, length, heads, 16))
+# ---------------------------------------------------------------- meshes and the table
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("sizes", "shape"),
     [
-        (lambda: context_attend(zeros(30), zeros(32), zeros(32), None, "context", mesh=mesh_of(4)),
-         "query's length must be a multiple of the 4 devices of 'context', got 30; pad the sequence"),
-        (lambda: context_attend(zeros(32), zeros(30), zeros(30), None, "context", "ring", mesh=mesh_of(4)),
-         "key's length must be a multiple of the 4 devices of 'context', got 30; pad the sequence"),
-        (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", "rings", mesh=mesh_of(4)),
-         "method must be 'all_gather' or 'ring', got 'rings'"),
-        (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "contxt", mesh=mesh_of(4)),
-         "axis must be one of the mesh's 'context', got 'contxt'"),
-        (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context"), "mesh must be given"),
-        (lambda: context_attend(zeros(8), zeros(8), zeros(8), Mask.full(4, 8), "context", mesh=mesh_of(4)),
-         "mask must have query's q_len 8, got 4"),
-        (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", mesh=mesh_of(4), batch_axis="data"),
-         "query's batch can't be spread over 'data': the mesh has 'context'"),
-        (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", batch_axis="data",
-                                mesh=mesh_of(2, 4, names=("data", "context"))),
-         "query's batch must be a multiple of the 2 devices of 'data', got 1"),
-        (lambda: context_attend(zeros(8), zeros(8, heads=2), zeros(8, heads=2), None, "context",
-                                mesh=mesh_of(2, 4, names=("context", "tensor")), head_axis="tensor"),
-         "key's heads must be a multiple of the 4 devices of 'tensor', got 2"),
-        (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", mesh=mesh_of(4), implementation="no"),
-         "implementation must be one of"),
-        (lambda: shard(zeros(33), "context", mesh=mesh_of(4)), "the length along axis 1 must be a multiple of the 4"),
-        (lambda: shard(zeros(32), "context", mesh=mesh_of(2, 4, names=("data", "context")), batch_axis="data"),
-         "the batch must be a multiple of the 2 devices of 'data', got 1"),
-        (lambda: shard(zeros(32), "context", np.arange(16), mesh=mesh_of(4)), "order must have the 32 positions"),
-        (lambda: within(shard)(zeros(33)), "the length along axis 1 must be a multiple of the 4 devices"),
-        (lambda: within(lambda x, axis: context_attend(x, x, x, None, axis, mesh=mesh_of(4)))(zeros(8)),
-         "mesh must be None within a shard_map over 'context'"),
-        (lambda: within(lambda x, axis: context_attend(x, x, x, None, "data"))(zeros(8)),
-         "axis must be one of the mesh's 'context', got 'data'"),
-        (lambda: within(lambda x, axis: context_attend(x, x, x, None, "data"), ("data", "context"))(zeros(8)),
-         "the shard_map around must be over all axes of the mesh, it leaves out ['data']"),
-        (lambda: within(lambda x, axis: context_attend(x, x, x, None, axis, head_axis="tensor"))(zeros(8)),
-         "head_axis must be None within a shard_map over 'context', got 'tensor'"),
-        (lambda: within(lambda x, axis: context_attend(x, x, x, None, axis), ("data", "context"))(zeros(8)),
-         "the shard_map around must be over all axes of the mesh, it leaves out ['data']"),
+        ({"fsdp": 8}, (1, 8, 1, 1)),
+        ({"data": 2, "tensor": -1}, (2, 1, 1, 4)),
+        ({"data": 2, "fsdp": 2, "context": 2}, (2, 2, 2, 1)),
+        ({"context": -1, "tensor": 8}, (1, 1, 1, 8)),
+    ],
+)
+def test_meshes(sizes, shape):
+    mesh = make_mesh(**sizes)
+    assert mesh.axis_names == ("data", "fsdp", "context", "tensor")
+    assert mesh.devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, "must multiply to the 8 devices there are, got fsdp=3"),
+        ({}, "must multiply to the 8 devices there are, got data=1"),
+        ({"tensor": 3, "data": -1}, "must divide the 8 devices there are, got tensor=3"),
+        ({"tensor": -1, "data": -1}, "one axis of the mesh may be -1, got data and tensor"),
+        ({"context": 0}, "context must be a positive integer, or -1 for what is left, got 0"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        make_mesh(**sizes)
+
+
+def test_the_table():
+    assert partition_spec("layers.0.attention.q.weight", 2) == PartitionSpec("fsdp", "tensor")
+    assert partition_spec("1.0.mu.layers.1.ffn.down.weight", 2) == PartitionSpec("tensor", "fsdp")
+    assert partition_spec("layers.0.attention.replicas.prefix_k", 4) == PartitionSpec(None, "tensor", None, None)
+    assert partition_spec("layers.0.attention_norm.weight", 1) == PartitionSpec(None)
+    assert partition_spec("v_row.layers.0.attention.q.weight", 1) == PartitionSpec(None)  # a factor of its moment
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_matrix_is_cut(kind):
+    """Along both fsdp and tensor, but for what is small."""
+    shapes, mesh = jax.eval_shape(lambda: build(kind)), make_mesh(fsdp=4, tensor=2)
+    where = shardings(shapes, mesh)
+    for (path, leaf), (_, sharding) in zip(*map(jax.tree_util.tree_leaves_with_path, (shapes, where)), strict=True):
+        axes = {axis for axis in sharding.spec if axis}
+        if leaf.ndim == 2:
+            assert axes == ({"fsdp"} if "aggregate" in str(path) else {"fsdp", "tensor"}), path
+    size = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    local = sum(
+        np.prod(sharding.shard_shape(leaf.shape))
+        for leaf, sharding in zip(jax.tree.leaves(shapes), jax.tree.leaves(where), strict=True)
+    )
+    assert local < 0.2 * size
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes", "message"),
+    [
+        ({}, {"tensor": 4, "data": 2},
+         r"kv_heads of layers.0.attention.k.weight must be a multiple of the 4 devices of mesh axis 'tensor', got 2"),
+        ({"vocab_size": 63}, {"tensor": 2, "data": 4}, "vocab of embedding must be a multiple of the 2 .* got 63"),
+        ({"hidden_size": 36, "num_attention_heads": 2}, {"fsdp": 8},
+         "embed of embedding must be a multiple of the 8 .* 'fsdp', got 36"),
+        ({"attention": Dilation((4,), (1,))}, {"context": 4, "tensor": 2},
+         r"kv_heads of a model of dilated attention must be a multiple of .* \('tensor', 'context'\), 8; got 2"),
     ],
 )  # fmt: skip
-def test_refusals(call, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        call()
+def test_what_devices_cannot_share_is_refused_before_anything_is_allocated(options, sizes, message):
+    mesh = make_mesh(**sizes)
+    with pytest.raises(ValueError, match=message):
+        create(lambda: Transformer(config(**options), rngs=nnx.Rngs(0)), mesh)
+    shapes = jax.eval_shape(lambda: Transformer(config(**options), rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=message):
+        check_parameters(shapes, mesh)
 
 
-def within(function, names=AXES):
-    mesh, spec = mesh_of(*(2,) * (len(names) - 1), 4, names=names), PartitionSpec()
-    function = partial(function, axis="context")
-    return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"context"})
+@pytest.mark.parametrize(
+    ("batch", "seq", "message"), [(3, 32, "batch .* 4 devices .* got 3"), (4, 31, "length .* 2 devices")]
+)
+def test_a_batch_that_devices_cannot_share(batch, seq, message):
+    with pytest.raises(ValueError, match=message):
+        Layout(make_mesh(data=2, fsdp=2, context=2)).check(batch, seq)
+    Layout(make_mesh(data=2, fsdp=2, context=2), whole_rows=True).check(4, 31)
+
+
+# ---------------------------------------------------------------- the forward and its gradients
+
+MESHES = {
+    "fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "context, tensor": {"fsdp": 2, "context": 2, "tensor": 2},
+    "context": {"data": 2, "context": 4},
+}
+
+
+def loss_and_gradients(model, batch):
+    graph, params = nnx.split(model)
+
+    @jit
+    def run(params, batch):
+        def loss(params):
+            total, count, _ = lm(nnx.merge(graph, params), batch, None)
+            return total / count
+
+        return jax.value_and_grad(loss)(params)
+
+    return run(params, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("llama", "fsdp, tensor"),
+        ("tied, biases", "context, tensor"),
+        ("window", "context"),
+        ("dilated", "context, tensor"),
+        ("longnet", "context, tensor"),
+        ("joint", "context, tensor"),
+        ("sublayer", "fsdp, tensor"),
+    ],
+)
+def test_loss_and_gradients_are_one_devices(kind, mesh):
+    options = {"remat": kind == "window"}
+    batch = packed()
+    alone = build(kind, **options)
+    want, want_gradients = loss_and_gradients(alone, batch)
+    model = create(partial(build, kind, **options), make_mesh(**MESHES[mesh]))
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(model), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)  # created in parts, the same numbers
+    loss, gradients = loss_and_gradients(model, batch)
+    assert float(loss) == pytest.approx(float(want), rel=1e-6)
+    for (path, got), expected in zip(
+        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(want_gradients), strict=True
+    ):
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * max(scale, 1e-3), err_msg=str(path))
+
+
+def test_logits_without_documents_and_of_each_replicas_own():
+    """Called as a user does, without jit; the context axis deals the tokens, logits come back in order."""
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    tokens = packed().tokens
+    alone = build("joint")
+    model = place(build("joint"), mesh)
+    np.testing.assert_allclose(model(tokens), alone(tokens), rtol=0, atol=2e-5)
+    assert model(tokens).sharding.is_equivalent_to(
+        NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "context", "tensor")), 3
+    )
+    each = np.stack([tokens, tokens[::-1]], axis=1)
+    ids = np.where(np.arange(SEQ) < np.array([[[0], [5]]]), -1, 0) * np.ones((ROWS, 1, 1), int)
+    got, want = (m(each, segment_ids=ids.astype(np.int32)) for m in (model, alone))
+    np.testing.assert_allclose(got[:, 5:], want[:, 5:], rtol=0, atol=2e-5)
+
+
+def test_what_each_device_computes():
+    """Attention is split, not repeated: no device sees more than its rows, heads and queries."""
+    mesh = make_mesh(data=2, context=2, tensor=2)
+    model, batch = place(build("llama"), mesh), packed()
+    graph, params = nnx.split(model)
+    text = jax.jit(lambda p, b: lm(nnx.merge(graph, p), b, None)[0]).lower(params, batch).compile().as_text()
+    assert "all-gather" in text
+    heads, dim, rows = SIZES["num_attention_heads"], 8, ROWS
+    # Of queries and outputs (rows, seq, heads, dim) whole heads or whole rows never lie on one device.
+    assert f"f32[{rows},{SEQ},{heads},{dim}]" not in text
+    assert f"f32[{rows // 2},{SEQ // 2},{heads // 2},{dim}]" in text
+
+
+def test_cross_entropy_by_stretches_of_each_share():
+    mesh = make_mesh(data=2, context=4)
+    head, rng = nnx.Linear(8, 64, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((2, 24, 8)), jnp.float32)
+    targets = jnp.asarray(rng.integers(-1, 64, (2, 24)), jnp.int32)
+    want, count = cross_entropy(head, hidden, targets)
+    # Shares of 6 tokens, 4 at a time.
+    got, same = cross_entropy(head, hidden, targets, max_bytes=4 * 2 * 64 * 4 * 4 // 8, layout=Layout(mesh))
+    assert int(same) == int(count)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_each_device_reads_its_own_part_alone(tmp_path, monkeypatch):
+    build("tied, biases").save_pretrained(tmp_path / "model")
+    alone, reads = Transformer.from_pretrained(tmp_path / "model"), []
+    part = Safetensors.part
+
+    def counted(self, name, index):
+        found = part(self, name, index)
+        reads.append((name, found.nbytes))
+        return found
+
+    def never(self, name):
+        raise AssertionError(f"{name} was read whole")
+
+    monkeypatch.setattr(Safetensors, "part", counted)
+    monkeypatch.setattr(Safetensors, "tensor", never)
+    mesh = make_mesh(fsdp=4, tensor=2)
+    model = Transformer.from_pretrained(tmp_path / "model", mesh=mesh)
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for leaf, sharding in zip(*map(jax.tree.leaves, (model, shardings(alone, mesh))), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    matrices = [nbytes for name, nbytes in reads if name.endswith("gate_proj.weight")]
+    assert matrices == [4 * 32 * 48 // 8] * 16  # each of 8 parts of 2 layers' once
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(alone))
+    assert sum(nbytes for _, nbytes in reads) == total  # nothing twice, not even what all devices hold
+    assert max(nbytes for _, nbytes in reads) <= 4 * 64 * 32 // 8
+
+
+def test_from_a_base_model_and_back(tmp_path):
+    """New ParScale parameters and the saved folder are one device's."""
+    Transformer(config(model_type="qwen2"), rngs=nnx.Rngs(0)).save_pretrained(tmp_path / "base")
+    options = {"parscale_n": 2, "parscale_n_tokens": 3, "enable_cross_attn": True}
+
+    def load(**more):
+        return Transformer.from_pretrained(tmp_path / "base", rngs=nnx.Rngs(1), **options, **more)
+
+    model = load(mesh=make_mesh(fsdp=4, tensor=2))
+    model.save_pretrained(tmp_path / "out")
+    again = Transformer.from_pretrained(tmp_path / "out")
+    for a, b, c in zip(*map(jax.tree.leaves, (load(), model, again)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(b, c)
+
+
+# ---------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("kind", ["tied, biases", "dilated", "joint"])
+def test_generation_is_one_devices(kind):
+    mesh, tokenizer = make_mesh(data=2, fsdp=2, tensor=2), Tokenizer.bytes()
+    made = replace(CONFIGS[kind](), vocab_size=264)
+
+    def model():
+        return Transformer(made, rngs=nnx.Rngs(0))
+
+    prompts = ["abc", "a longer prompt than the others", "x", "12345"]
+    alone = generate(model(), tokenizer, prompts, max_tokens=12)
+    spread = create(model, mesh)
+    got = generate(spread, tokenizer, prompts, max_tokens=12)
+    assert [c.tokens for c in got] == [c.tokens for c in alone]
+    cache = spread.empty_cache(4, 64)
+    keys = jax.tree.leaves(cache.keys)[0]
+    assert keys.sharding.spec == PartitionSpec(("data", "fsdp"), "tensor")
+    with pytest.raises(ValueError, match=r"the batch must be a multiple of the 4 devices"):
+        generate(spread, tokenizer, prompts[:3], max_tokens=4)
+
+
+def test_serving_over_tensor_alone():
+    made, tokenizer = config(vocab_size=264), Tokenizer.bytes()
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
+    requests = [Request(prompt, max_tokens=10, stop_ids=()) for prompt in ("abc", "something longer to read", "x")]
+
+    def answers(model):
+        engine = Engine(model, tokenizer, max_batch=4, blocks=16, block_size=16, prefill_chunk=32)
+        return engine, [answer.tokens for [answer] in engine.run(requests)]
+
+    engine, got = answers(create(lambda: Transformer(made, rngs=nnx.Rngs(0)), mesh))
+    assert engine._device._pool.keys[0].sharding.spec == PartitionSpec(None, "tensor")
+    assert got == answers(Transformer(made, rngs=nnx.Rngs(0)))[1]
+    with pytest.raises(ValueError, match="model must be spread over tensor alone to be served, got"):
+        Engine(create(lambda: Transformer(made, rngs=nnx.Rngs(0)), make_mesh(fsdp=4, tensor=2)), tokenizer)
+
+
+# ---------------------------------------------------------------- training
+
+
+def documents(epoch, cursor):
+    random = np.random.default_rng(epoch)
+    lengths, starts = random.integers(1, 60, 60), random.integers(0, 64, 60)
+    for at in range(cursor or 0, 60):
+        yield (starts[at] + np.arange(lengths[at])) % 64, at + 1
+
+
+def trainer(output, sizes=None, **changes):
+    options = {
+        "max_steps": 6, "batch_size": 16, "accumulation": 2, "learning_rate": 1e-2, "checkpoint_every": 3, "clip": 0.5,
+        "eval_every": 6,
+    }  # fmt: skip
+    options = TrainingOptions(**options | changes)
+    made = config(num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    mesh = None if sizes is None else make_mesh(**sizes)
+    model = create(lambda: Transformer(made, rngs=nnx.Rngs(0)), mesh)
+    evaluation = [next(Packer(documents, SEQ, 8, seed=9, window=400))]
+    return Trainer(model, lm, Packer(documents, SEQ, 16, seed=1, window=400), options, output, evaluation)
+
+
+def curve(output):
+    times = {"seconds", "tokens_per_second"}
+    records = read_metrics(output / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in times} for record in records]
+
+
+def assert_close(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a == pytest.approx(b, rel=1e-4), (a, b)
+
+
+@pytest.fixture(scope="module")
+def one_devices(tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    trainer(output).fit()
+    return curve(output)
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, one_devices):
+    """A run on fsdp=8 that is stopped at step 3, and the records of the same run uninterrupted."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    whole = trainer(folder / "whole", {"fsdp": 8})
+    whole.fit()
+    where = whole.state.optimizer[1][0].mu["layers"][0]["attention"]["q"]["weight"].get_value().sharding
+    assert where.spec == PartitionSpec("fsdp", "tensor")
+    assert_close(curve(folder / "whole"), one_devices)
+    first = trainer(folder / "cut", {"fsdp": 8}, checkpoint_every=1)
+
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.fit(stop)
+    return folder / "cut", curve(folder / "whole")
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"data": 2, "tensor": 2, "context": 2}, None], ids=str)
+def test_a_run_goes_on_on_another_mesh(interrupted, tmp_path, sizes):
+    """Bit for bit on the same; to float32 elsewhere."""
+    folder, want = interrupted
+    shutil.copytree(folder, tmp_path / "run")
+    on = trainer(tmp_path / "run", sizes)
+    steps = []
+    on.fit(lambda record: steps.append(record["step"]))
+    assert steps[0] == 3  # it went on
+    if sizes == {"fsdp": 8}:
+        assert curve(tmp_path / "run") == want
+    else:
+        assert_close(curve(tmp_path / "run"), want)
+
+
+def test_batches_are_checked_when_a_trainer_is_made(tmp_path):
+    with pytest.raises(ValueError, match=r"the batch must be a multiple of the 8 devices of .* got 4"):
+        trainer(tmp_path, {"fsdp": 8}, accumulation=4)
 
 
 # ---------------------------------------------------------------- processes
 
 
+def test_without_an_address_a_process_is_alone(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    initialize()
+    assert not jax.distributed.is_initialized()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be a number, got 'two'"):
+        initialize("localhost:1")
+    with pytest.raises(ValueError, match="process must be at least 0 and below the 2 processes, got 2"):
+        initialize("localhost:1", 2, 2)
+
+
 @pytest.mark.slow
-def test_two_processes():
-    """Two processes of two devices, with gloo between them."""
+def test_two_processes_train_as_one_device(tmp_path):
+    """`heddle train` on 2 processes of 4 devices: one curve, written once, and one model."""
+    overrides = [
+        "model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=1",
+        "model.num_attention_heads=2", "data.seq_len=32", "data.window=4096", "training.max_steps=4",
+        "training.batch_size=8", "training.eval_every=2", "training.eval_batches=1", "training.checkpoint_every=2",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "heddle", "train", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment.pop("CONFIG_FILE", None)
+    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    subprocess.run([*command, f"output={alone}"], env=environment, check=True, capture_output=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    tests = Path(__file__).parents[1]
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests), "XLA_FLAGS": flags}
+        address = f"localhost:{free.getsockname()[1]}"
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+    environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.context=2"]
     running = [
         subprocess.Popen(
-            [sys.executable, tests / "jax" / "parallel_processes.py", f"localhost:{port}", "2", str(process)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*command, f"output={spread}", *mesh], env=environment | {"JAX_PROCESS_ID": str(process)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for process in range(2)
-    ]
+    ]  # fmt: skip
     try:
-        for process in running:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, out + err[-6000:]
-            assert out.splitlines()[-1] == "same"  # after what gloo has to say
+        said = [process.communicate(timeout=300)[0] for process in running]
+        assert [process.returncode for process in running] == [0, 0], "\n".join(said)
     finally:
         for process in running:
             process.kill()
             process.wait()
+    assert "4 steps done" in said[0]
+    assert "step" not in said[1]
+    assert_close(curve(spread), curve(alone))
+    both = [Transformer.from_pretrained(folder / "model") for folder in (alone, spread)]
+    for a, b in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-3)

@@ -9,6 +9,7 @@ from . import attention as attention
 
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
+    from .context_parallel import context_attend as context_attend
     from .dilated import DilatedAttention as DilatedAttention
     from .dilated import MultiheadDilatedAttention as MultiheadDilatedAttention
     from .dilated_distributed import distributed_dilated_attention as distributed_dilated_attention
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from .longnet import LongNetLM as LongNetLM
     from .model import Transformer as Transformer
     from .model_config import ModelConfig as ModelConfig
-    from .parallel import context_attend as context_attend
     from .sampling import sampler as sampler
     from .train import Trainer as Trainer
     from .train import TrainState as TrainState
@@ -45,7 +45,7 @@ _HOMES = {
     "unpermute_tokens_context_parallelism": "flash",
     "Completion": "generation", "generate": "generation", "stream": "generation",
     "LongNetConfig": "longnet", "LongNetLM": "longnet",
-    "Transformer": "model", "ModelConfig": "model_config", "context_attend": "parallel", "sampler": "sampling",
+    "Transformer": "model", "ModelConfig": "model_config", "context_attend": "context_parallel", "sampler": "sampling",
     "Trainer": "train", "TrainState": "train",
 }  # fmt: skip
 

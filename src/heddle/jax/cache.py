@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Cache(ABC):
         max_len: tokens of a sequence that there is room for.
         layers: of the model.
     """
+
+    rows_axis: ClassVar[str | None] = "batch"  #: what rows are in :data:`heddle.jax.parallel.AXES`
 
     lengths: Int[Array, " batch"]
     starts: Int[Array, " rows"] | None = None

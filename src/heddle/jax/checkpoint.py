@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from heddle.data.gguf import GGUF, ROPE_FACTORS
 from heddle.data.locate import locate, read_json
@@ -24,6 +26,7 @@ from heddle.data.locate import locate, read_json
 from .longnet import MODEL_TYPE, LongNetConfig, LongNetLM
 from .model import LanguageModel, Transformer
 from .model_config import PARSCALE_FIELDS, ModelConfig
+from .parallel import check_parameters, dotted, place, shardings, to_host
 from .parscale import hide_prefixes, is_new
 
 logger = logging.getLogger(__name__)
@@ -129,6 +132,10 @@ class Safetensors:
     def tensor(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
 
+    def part(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """These rows, columns, ... of a tensor; of the rest nothing is read."""
+        return self._files[name].get_slice(name)[index]
+
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -139,6 +146,7 @@ def load(
     *,
     dtype: Any = "auto",
     rngs: nnx.Rngs | None = None,
+    mesh: Mesh | None = None,
     **options: Any,
 ) -> Any:
     """The model at a path or of a name on the hub; see :meth:`Transformer.from_pretrained`.
@@ -173,29 +181,59 @@ def load(
         return made(config, rngs=rngs, dtype=dtype, **options)
 
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    where: dict[str, NamedSharding] = {}
+    if mesh is not None:
+        check_parameters(abstract, mesh)
+        where = {dotted(path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings(abstract, mesh))}
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     expected = {dotted(path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
     new = {dotted(path) for path, _ in leaves if parscale and is_new(path)}
     new = {ours for ours in new if _theirs(ours, config, convention)[0] not in source.shapes}
     held = {ours: shape for ours, (shape, _) in expected.items() if ours not in new}
     _check(source, held, stored_config, convention)
-    arrays = {ours: jnp.asarray(_read(source, ours, stored_config, convention), expected[ours][1]) for ours in held}
+    arrays = {
+        ours: _placed(source, ours, stored_config, convention, expected[ours], where[ours]) if where else
+        jnp.asarray(_read(source, ours, stored_config, convention), expected[ours][1])
+        for ours in held
+    }  # fmt: skip
     if new:
-        arrays |= _fresh(build, new, rngs, path)
+        arrays |= _fresh(build, new, rngs, path, {ours: where[ours] for ours in new} if where else None)
     model = jax.tree.unflatten(treedef, [arrays[ours] for ours in expected])
     if any(ours.endswith("prefix_k") for ours in new) and rngs is not None:
         hide_prefixes(model, rngs)
-    return model
+    return model if mesh is None else place(model, mesh)
+
+
+def _placed(
+    source: Source, ours: str, config: Any, convention: str, expected: tuple[tuple[int, ...], Any], sharding: Any
+) -> jax.Array:
+    """A parameter over a mesh: each device's part is read by itself where the source can, else out of one tensor."""
+    (shape, dtype), (theirs, transposed) = expected, _theirs(ours, config, convention)
+    whole = None if isinstance(source, Safetensors) else _read(source, ours, config, convention)
+    read: dict[Any, np.ndarray] = {}  # devices that hold the same part share one reading
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(along.indices(size)[:2] for along, size in zip(index, shape, strict=True))
+        if key not in read:
+            if whole is None:
+                found = source.part(theirs, index[::-1] if transposed else index)  # type: ignore[attr-defined]
+                found = found.T if transposed else found
+            else:
+                found = whole[index]
+            read[key] = found.astype(dtype)
+        return read[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _fresh(
-    build: Callable[[nnx.Rngs], LanguageModel], new: set[str], rngs: nnx.Rngs | None, path: Path
+    build: Callable[[nnx.Rngs], LanguageModel], new: set[str], rngs: nnx.Rngs | None, path: Path, where: Any
 ) -> dict[str, jax.Array]:
-    """The initial values of these parameters alone: of the others nothing is drawn."""
+    """The initial values of these parameters alone, ``where`` they belong: of the others nothing is drawn."""
     if rngs is None:
         raise ValueError(f"rngs must be given, as in rngs=nnx.Rngs(0): {path} lacks {_few(_by_layer(new), 4)}")
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=where)
     def fresh(key):
         leaves, _ = jax.tree_util.tree_flatten_with_path(build(nnx.Rngs(key)))
         return {dotted(where): leaf for where, leaf in leaves if dotted(where) in new}
@@ -223,7 +261,7 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Any = None, *, max
     """Write a folder that transformers loads: config, generation config, safetensors, and the tokenizer's files.
 
     Written beside its place and renamed into it, so that the folder is all there or not at all. A saved model that
-    stands there is replaced.
+    stands there is replaced. Of a model over several processes all have to call it; process 0 writes.
 
     Raises:
         ValueError: a folder that holds anything but a saved model; a shard size that isn't positive.
@@ -231,8 +269,12 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Any = None, *, max
     folder = Path(folder)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    if jax.process_index():  # process 0 writes; the others hand over the parts they hold
+        for _, leaf in leaves:
+            to_host(leaf)
+        return
     with _replacing(folder) as unfinished:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(model)
         config = model.config.to_dict() | {"dtype": str(leaves[0][1].dtype)}
         _write_json(unfinished / "config.json", config)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -261,7 +303,7 @@ def _write_safetensors(folder: Path, parameters: dict[str, jax.Array], config: A
         tensors = {}
         for ours in names:
             theirs, transposed = _theirs(ours, config, "hugging face")
-            host = np.asarray(parameters[ours])
+            host = to_host(parameters[ours])
             tensors[theirs] = np.ascontiguousarray(host.T if transposed else host)
             where[theirs] = file
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -326,12 +368,6 @@ def _check(source: Source, expected: dict[str, tuple[int, ...]], config: Any, co
 def _few(names: list[str], limit: int = 20) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def dotted(path: tuple) -> str:
-    """A leaf's path in the model as ``layers.0.attention.q.weight``."""
-    keys = (getattr(key, "name", None) or getattr(key, "key", getattr(key, "idx", None)) for key in path)
-    return ".".join(str(key) for key in keys if key != "value")
 
 
 # ---------------------------------------------------------------------- files

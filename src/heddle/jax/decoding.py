@@ -52,7 +52,7 @@ def prefill(structure: Any, leaves: list, cache: Cache, last_bd: Array, tokens: 
 
     batch, most = tokens.shape[0], max(1, _at_once() // (model.config.parscale_n * tokens.shape[-1]))
     some = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= most)
-    if some == batch:
+    if some == batch or model.mesh is not None:  # devices share the sequences
         return read(cache, last_bd, tokens)
 
     def step(i: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:

@@ -493,6 +493,8 @@ class Engine:
 def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
     if model.config.attention is not None:
         raise ValueError("model must keep every key to be served, got one of dilated attention: see heddle generate")
+    if model.mesh is not None and model.mesh.size > model.mesh.shape["tensor"]:
+        raise ValueError(f"model must be spread over tensor alone to be served, got a mesh of {dict(model.mesh.shape)}")
     rule = model.config.rotary.rule
     if rule in ("dynamic", "longrope"):
         raise ValueError(f"model must have a rope rule that doesn't depend on the text's length, got {rule!r}")

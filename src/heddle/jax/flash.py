@@ -20,7 +20,7 @@ from heddle.attention.balance import permute, unpermute, zigzag
 from heddle.attention.mask import Mask
 
 from . import triton
-from .parallel import context_attend
+from .context_parallel import context_attend
 
 T = TypeVar("T")
 AxisName = str | None

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Int
 
 from heddle.attention import PADDING_SEGMENT_ID, Mask, attend
 from heddle.attention.arrays import Array, is_concrete, to_numpy
+from heddle.attention.balance import snake
 from heddle.attention.dilated import dilated_attention
 from heddle.attention.replicas import replicate, stack_replicas
 from heddle.attention.rope import rotate
@@ -26,6 +29,7 @@ from .cache import Cache, KVCache
 from .dilated_cache import DilatedKVCache
 from .layers import Linear, RMSNorm
 from .model_config import ModelConfig
+from .parallel import Layout
 from .parscale import Aggregate, CrossAttention, Replicas
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -44,6 +48,8 @@ class Step(NamedTuple):
     cached: Any  #: with a cache, what it says of these tokens
     added: Array | None  #: how many tokens the cache will hold more of each sequence
     segment_ids: Array | None  #: of dilated attention without a cache, each row's documents
+    layout: Layout  #: where activations lie
+    order: Array | None  #: which tokens stand where in a row that several devices share, ``(rows | 1, seq)``
 
 
 class Attention(nnx.Module):
@@ -68,7 +74,9 @@ class Attention(nnx.Module):
         )
         if self.q_norm is not None and self.k_norm is not None:
             q_btqh, k_btkh = self.q_norm(q_btqh), self.k_norm(k_btkh)
-        return rotate(q_btqh, *step.rotary), rotate(k_btkh, *step.rotary), v_btkh
+        q_btqh, k_btkh = rotate(q_btqh, *step.rotary), rotate(k_btkh, *step.rotary)
+        k_btkh, v_btkh = (step.layout(x, "batch", "seq", "kv_heads") for x in (k_btkh, v_btkh))
+        return step.layout(q_btqh, "batch", "seq", "heads"), k_btkh, v_btkh
 
     def __call__(self, x_btd, mask: Mask, step: Step, cache: Cache | None, layer: int):
         q_btqh, k_btkh, v_btkh = self.heads(x_btd, step)
@@ -77,9 +85,11 @@ class Attention(nnx.Module):
             own, cache = cache.attend(layer, q_btqh, k_btkh, v_btkh, step.cached)
         elif self.dilation is not None:
             own = dilated_attention(
-                q_btqh, k_btkh, v_btkh, self.dilation.segment_lengths, self.dilation.dilation_rates,
-                is_causal=True, segment_ids=step.segment_ids, return_lse=True,
+                *map(step.layout.by_heads, (q_btqh, k_btkh, v_btkh)), self.dilation.segment_lengths,
+                self.dilation.dilation_rates, is_causal=True, segment_ids=step.segment_ids, return_lse=True,
             )  # fmt: skip
+        elif step.order is not None:
+            own = step.layout.attend(q_btqh, k_btkh, v_btkh, mask, step.order)
         if self.replicas is not None:
             attend_own = None if own is None else lambda *_: own
             out_btqh, across_btd = self.replicas(q_btqh, k_btkh, v_btkh, mask, attend_own)
@@ -123,8 +133,8 @@ class Block(nnx.Module):
     def __call__(self, x_btd, mask: Mask, step: Step, cache: Cache | None, layer: int):
         x_btd = self.look_across(x_btd, mask)
         attended_btd, cache = self.attention(self.attention_norm(x_btd), mask, step, cache, layer)
-        x_btd = x_btd + attended_btd
-        return x_btd + self.ffn(self.ffn_norm(x_btd)), cache
+        x_btd = step.layout(x_btd + attended_btd, "batch", "seq")
+        return step.layout(x_btd + self.ffn(self.ffn_norm(x_btd)), "batch", "seq"), cache
 
 
 class LanguageModel(nnx.Module):
@@ -134,6 +144,7 @@ class LanguageModel(nnx.Module):
     dtype: Any
     embedding: nnx.Param | None
     head: Linear
+    mesh: Mesh | None = None  #: the devices it is spread over; see :func:`heddle.jax.parallel.place`
 
     @abstractmethod
     def hidden(
@@ -154,6 +165,10 @@ class LanguageModel(nnx.Module):
             max_len: tokens of each, at most.
             dtype: what keys and values are kept in; None: the model's. See :meth:`KVCache.empty`.
         """
+
+    def layout(self, cached: bool = False) -> Layout:
+        """Where the activations of a forward lie."""
+        return Layout(self.mesh, whole_rows=cached)
 
     def _embed(self, tokens):
         if self.embedding is not None:
@@ -177,6 +192,7 @@ class LanguageModel(nnx.Module):
         ):  # fmt: skip
             if array is not None and array.shape not in shapes:
                 raise ValueError(f"{name} must have tokens' shape {shapes[0]}, got {array.shape}")
+        self.layout(cache is not None).check(tokens.shape[0], tokens.shape[-1])
         if cache is None:
             return
         layers = self.config.num_hidden_layers
@@ -245,10 +261,11 @@ class Transformer(LanguageModel):
             name: folder, ``.gguf`` file or hub name.
             dtype: of weights and computation. ``"auto"``: float32 on a CPU (XLA's products of one bfloat16 row are
                 twenty times slower there), elsewhere as the checkpoint says.
-            options: ``param_dtype`` and ``remat``, as for the class. And ``parscale_n`` and ParScale's other fields of
-                :class:`ModelConfig`, to start a ParScale model from this one, with ``rngs``: where the parameters that
-                are new come from. They start so that the model nearly keeps what it computed, and which they are is
-                logged.
+            options: ``param_dtype`` and ``remat``, as for the class. ``mesh`` (:func:`heddle.jax.parallel.make_mesh`)
+                spreads it over devices, each of which reads its own part of the files alone. And ``parscale_n`` and
+                ParScale's other fields of :class:`ModelConfig`, to start a ParScale model from this one, with ``rngs``:
+                where the parameters that are new come from. They start so that the model nearly keeps what it
+                computed, and which they are is logged.
 
         Raises:
             FileNotFoundError: nothing there.
@@ -288,10 +305,11 @@ class Transformer(LanguageModel):
             ValueError: arguments that disagree; under jit only what shapes tell. A token past the end of the cache.
         """
         hidden_btd = self.hidden(tokens, positions, segment_ids, cache)
+        layout = self.layout(cache is not None)
         if cache is None:
-            return self.head(hidden_btd)
+            return layout(self.head(hidden_btd), "batch", "seq", "vocab")
         hidden_btd, cache = hidden_btd
-        return self.head(hidden_btd), cache
+        return layout(self.head(hidden_btd), "batch", "seq", "vocab"), cache
 
     def hidden(
         self,
@@ -310,7 +328,10 @@ class Transformer(LanguageModel):
         x_btd = self.norm(x_btd)
         if self.aggregate is not None:
             x_btd = self.aggregate(x_btd)
-        return x_btd if cache is None else (x_btd, cache.advance(step.added))
+        if step.order is not None:
+            x_btd = step.layout.to_natural_order(x_btd, step.order[: tokens.shape[0]])
+        x_btd = step.layout(x_btd, "batch", "seq")
+        return x_btd if cache is None else (x_btd, step.layout.keep(cache.advance(step.added)))
 
     def prepare(
         self,
@@ -324,6 +345,7 @@ class Transformer(LanguageModel):
         Arguments as of the call, checked here.
         """
         self._check(tokens, positions, segment_ids, cache)
+        layout = self.layout(cache is not None)
         seq, added, cached = tokens.shape[-1], None, None
         index = jnp.arange(seq, dtype=jnp.int32)
         apart = segment_ids is not None and segment_ids.ndim == 3
@@ -352,24 +374,40 @@ class Transformer(LanguageModel):
             size: mask if size is None or cache is not None else mask & Mask.window(seq, size, like=tokens)
             for size in set(self.config.windows)
         }
-        cos, sin = self.config.rotary.tables(default if positions is None else positions)
+        positions, order = default if positions is None else positions, None
+        if layout.context > 1 and self.config.attention is None:
+            # Each device gets an equal share of what the row's queries see. All replicas are dealt as the first is.
+            first = Mask(mask.start[: tokens.shape[0]], mask.stop[: tokens.shape[0]])
+            order = jnp.asarray(snake(first, layout.context))
+            tokens = jnp.take_along_axis(tokens, order if tokens.ndim == 2 else order[:, None], axis=-1)
+            positions = jnp.take_along_axis(positions, order, axis=1)
+            order = order if mask.start.shape[0] == 1 else self._rows(order)
+            masks = {
+                size: Mask(*(jnp.take_along_axis(x, order, axis=1) for x in (mask.start, mask.stop)))
+                for size, mask in masks.items()
+            }
+        cos, sin = self.config.rotary.tables(positions)
         x_btd = self._embed(tokens)
         x_btd = self._rows(x_btd) if tokens.ndim == 2 else stack_replicas(x_btd)
+        x_btd = layout(x_btd, "batch", "seq")
         documents = None
         if segment_ids is not None and cache is None and self.config.attention is not None:
             documents = stack_replicas(segment_ids) if apart else self._rows(segment_ids)
-        return x_btd, masks, Step((self._rows(cos), self._rows(sin)), cached, added, documents), cache
+        rotary = self._rows(cos), self._rows(sin)
+        return x_btd, masks, Step(rotary, cached, added, documents, layout, order), cache
 
     def empty_cache(self, batch: int, max_len: int, dtype: Any = None) -> Cache:
         """See :meth:`LanguageModel.empty_cache`; of dilated attention, a cache of bounded size."""
         config, dtype = self.config, self.dtype if dtype is None else dtype
         if config.attention is None:
-            return KVCache.empty(config, batch, max_len, dtype)
-        return DilatedKVCache.empty(
-            config.attention.segment_lengths, config.attention.dilation_rates, layers=config.num_hidden_layers,
-            heads=config.num_attention_heads, kv_heads=config.kv_heads, head_dim=config.dim,
-            batch=batch, max_len=max_len, dtype=dtype, replicas=config.parscale_n,
-        )  # fmt: skip
+            make = partial(KVCache.empty, config, batch, max_len, dtype)
+        else:
+            make = partial(
+                DilatedKVCache.empty, config.attention.segment_lengths, config.attention.dilation_rates,
+                layers=config.num_hidden_layers, heads=config.num_attention_heads, kv_heads=config.kv_heads,
+                head_dim=config.dim, batch=batch, max_len=max_len, dtype=dtype, replicas=config.parscale_n,
+            )  # fmt: skip
+        return self.layout(cached=True).empty(make, batch)
 
     def _rows(self, x):
         """What all replicas share, a row for each."""

@@ -54,6 +54,8 @@ class PagedCache(Cache):
         windows: of each layer; None: it sees all.
     """
 
+    rows_axis = None  # of the pool: any sequence may hold any slot
+
     keys: tuple[Float[Array, "_ kv_heads dim"], ...]
     values: tuple[Float[Array, "_ kv_heads dim"], ...]
     table: Int[Array, "batch n"]
@@ -171,7 +173,7 @@ class Device:
     def __init__(self, model: Transformer, blocks: int, size: int):
         self._leaves, self._structure = jax.tree.flatten(model)
         self._config, self._blocks, self._size = model.config, blocks, size
-        self._pool = Pool.empty(model.config, blocks * size, model.dtype)
+        self._pool = model.layout().zeros(lambda: Pool.empty(model.config, blocks * size, model.dtype))
 
     @property
     def nbytes(self) -> int:

@@ -1,333 +1,386 @@
-"""Context parallelism: one sequence's queries, keys and values spread over the devices of a mesh axis."""
+"""Meshes of devices, and what lies where on them: one table from the names of axes to the axes of a mesh.
+
+A mesh has four axes: ``data`` (rows of the batch; parameters are copied), ``fsdp`` (rows too; parameters are cut along
+the model's width and gathered layer by layer), ``tensor`` (heads, feed-forward units, vocabulary), ``context`` (the
+tokens of a row). What is not named in :data:`AXES` and :data:`PARAMETERS` is whole on every device.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any, Literal, overload
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from heddle.attention.attend import Implementation, attend, check, choose, score_scale
-from heddle.attention.balance import permute as permute_tokens
-from heddle.attention.balance import unpermute as unpermute_tokens
 from heddle.attention.mask import Mask
-from heddle.attention.merge import merge
-from heddle.attention.ring import prefix_apart, ring_backward, ring_forward
 
-from .batching import vary_alike
+from .context_parallel import (
+    Axes,
+    context_attend,
+    permute_tokens,
+    shard,
+    to_natural_order,
+    unpermute_tokens,
+    unshard,
+)
 
-__all__ = ["context_attend", "permute_tokens", "shard", "unpermute_tokens", "unshard"]
+__all__ = [
+    "AXES", "MESH_AXES", "PARAMETERS", "Layout", "check_parameters", "context_attend", "create", "initialize",
+    "make_mesh", "parameter_axes", "partition_spec", "permute_tokens", "place", "shard", "shardings", "spec",
+    "unpermute_tokens", "unshard",
+]  # fmt: skip
 
-#: Of a PartitionSpec: the mesh axis or axes that one axis of an array is spread over.
-Axes = str | tuple[str, ...] | None
+MESH_AXES = ("data", "fsdp", "context", "tensor")  #: the last lies closest together
 
-_PAD = "; pad the sequence with padding tokens"
+#: Of each axis of an array, by its name, the mesh axes it is spread over.
+AXES: dict[str, Axes] = {
+    "batch": ("data", "fsdp"),
+    "seq": "context",
+    "embed": "fsdp",  # the model's width, of parameters; of activations it is whole
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocab": "tensor",
+}
 
+#: The axes of parameters by the end of their path, for the optimiser's state too; of others nothing is cut.
+PARAMETERS: dict[str, tuple[str | None, ...]] = {
+    "embedding": ("vocab", "embed"),
+    "head.weight": ("embed", "vocab"),
+    "q.weight": ("embed", "heads"),
+    "k.weight": ("embed", "kv_heads"),
+    "v.weight": ("embed", "kv_heads"),
+    "o.weight": ("heads", "embed"),
+    "q.bias": ("heads",),
+    "k.bias": ("kv_heads",),
+    "v.bias": ("kv_heads",),
+    "ffn.gate.weight": ("embed", "ffn"),
+    "ffn.up.weight": ("embed", "ffn"),
+    "ffn.down.weight": ("ffn", "embed"),
+    "ffn.gate.bias": ("ffn",),
+    "ffn.up.bias": ("ffn",),
+    # ParScale
+    "replicas.prefix_k": (None, "kv_heads", None, None),
+    "replicas.prefix_v": (None, "kv_heads", None, None),
+    "replicas.cross_bias": ("heads",),
+    "cross_proj.weight": ("heads", "embed"),
+    "aggregate.down.weight": (None, "embed"),
+    "aggregate.up.weight": ("embed", None),
+    # LongNet
+    "q_proj.weight": ("embed", "heads"),
+    "k_proj.weight": ("embed", "heads"),
+    "v_proj.weight": ("embed", "heads"),
+    "out_proj.weight": ("heads", "embed"),
+    "q_proj.bias": ("heads",),
+    "k_proj.bias": ("heads",),
+    "v_proj.bias": ("heads",),
+    "linear1.weight": ("embed", "ffn"),
+    "linear2.weight": ("ffn", "embed"),
+    "linear1.bias": ("ffn",),
+}
 
-@overload
-def context_attend(
-    query: Array, key: Array, value: Array, mask: Mask | None, axis: str,
-    method: Literal["all_gather", "ring"] = "all_gather", *,
-    mesh: Mesh | AbstractMesh | None = None, batch_axis: Axes = None, head_axis: Axes = None,
-    scale: float | None = None, implementation: str | None = None, return_lse: Literal[False] = False,
-) -> Array: ...  # fmt: skip
-@overload
-def context_attend(
-    query: Array, key: Array, value: Array, mask: Mask | None, axis: str,
-    method: Literal["all_gather", "ring"] = "all_gather", *,
-    mesh: Mesh | AbstractMesh | None = None, batch_axis: Axes = None, head_axis: Axes = None,
-    scale: float | None = None, implementation: str | None = None, return_lse: Literal[True],
-) -> tuple[Array, Array]: ...  # fmt: skip
-def context_attend(
-    query: Float[Array, "batch q_len heads dim"],
-    key: Float[Array, "batch kv_len kv_heads dim"],
-    value: Float[Array, "batch kv_len kv_heads value_dim"],
-    mask: Mask | None,
-    axis: str,
-    method: str = "all_gather",
-    *,
-    mesh: Mesh | AbstractMesh | None = None,
-    batch_axis: Axes = None,
-    head_axis: Axes = None,
-    scale: float | None = None,
-    implementation: str | None = None,
-    return_lse: bool = False,
-):
-    """:func:`heddle.attend` with the sequence spread over the devices of a mesh axis.
-
-    On whole arrays, with or without jit, it says what :func:`heddle.attend` says, and each device computes its queries'
-    part. Within a :func:`jax.shard_map` over ``axis`` it takes the device's own parts; there ``q_len`` and ``kv_len``
-    are theirs. Differentiable; a key's gradient comes back to the device that holds it, summed in float32 (float64
-    for float64) over the devices whose queries saw it.
-
-    Args:
-        query: the queries, in any order (see :mod:`heddle.attention.balance`); device ``r`` of ``axis`` holds the
-            ``r``-th equal part.
-        key, value: the keys, in natural order, in equal parts likewise.
-        mask: of the queries given, in their order, over all devices' keys; None: all see all.
-        axis: the mesh axis that the sequence is spread over.
-        method: ``"all_gather"`` collects all keys and values first; ``"ring"`` passes them on from device to device
-            while it computes and never holds more than two parts (arXiv 2310.01889).
-        mesh: the mesh; None: that of :func:`jax.set_mesh`, else the one query lies on.
-        batch_axis, head_axis: further mesh axes, or tuples of them, that the batch and the heads are spread over. None:
-            of explicit axes, what query's type says; else none, and devices along other axes of the mesh all compute
-            the same. A single key head is given to all devices of ``head_axis``.
-        scale, implementation, return_lse: as of :func:`heddle.attend`.
-
-    Returns:
-        as :func:`heddle.attend`, spread as query is.
-
-    Raises:
-        ValueError: arguments that disagree; an axis that the mesh hasn't; lengths, a batch or heads that the devices
-            can't share equally; within a shard_map, one that leaves other axes of the mesh to the compiler.
-        NotImplementedError: the named implementation doesn't serve this case.
-    """
-    if method not in ("all_gather", "ring"):
-        raise ValueError(f"method must be 'all_gather' or 'ring', got {method!r}")
-    if _within_shard_map(axis):
-        for name, given in {"mesh": mesh, "batch_axis": batch_axis, "head_axis": head_axis}.items():
-            if given is not None:
-                raise ValueError(f"{name} must be None within a shard_map over {axis!r}, got {given!r}")
-        if mask is None:
-            mask = Mask.full(query.shape[1], lax.axis_size(axis) * key.shape[1], like=query)
-        mask = check(query, key, value, mask)
-        out, lse = _attend(query, key, value, mask, axis, method, score_scale(query, scale), implementation)
-        return (out, lse) if return_lse else out
-
-    mask = check(query, key, value, mask)
-    over = _mesh_of(axis, mesh, query)
-    batch_axis, head_axis = (
-        jax.typeof(query).sharding.spec[i] if given is None else given for i, given in ((0, batch_axis), (2, head_axis))
-    )
-    for name, array in {"query": query, "key": key}.items():
-        _check_share(f"{name}'s batch", array.shape[0], batch_axis, over)
-        _check_share(f"{name}'s length", array.shape[1], axis, over, _PAD)
-        if name == "query" or key.shape[2] > 1:
-            _check_share(f"{name}'s heads", array.shape[2], head_axis, over)
-    out, lse = _spread_attend(
-        query, key, value, mask, mesh=over, spec=PartitionSpec(batch_axis, axis, head_axis), axis=axis, method=method,
-        scale=score_scale(query, scale), implementation=implementation,
-    )  # fmt: skip
-    return (out, lse) if return_lse else out
-
-
-def shard(
-    x: Any,
-    axis: str,
-    order: Int[np.ndarray, " seq"] | None = None,
-    *,
-    mesh: Mesh | None = None,
-    batch_axis: Axes = None,
-) -> Any:
-    """Arrays ``(batch, seq, ...)``, a :class:`heddle.Mask`, or a tuple of them, spread over ``axis`` along axis 1.
-
-    Whole arrays stay whole, now in ``order`` and each device with its part of them; within a :func:`jax.shard_map` over
-    ``axis`` it is this device's part. ``order`` (from :mod:`heddle.attention.balance`) says which positions each device
-    holds: give it for queries, their positions, labels and mask, not for keys and values, which stay in natural order.
-
-    Args:
-        order: the positions in the order of the devices; None: as they are.
-        mesh: the mesh; None: that of :func:`jax.set_mesh`.
-        batch_axis: mesh axes that the batch is spread over; None: none.
-
-    Raises:
-        ValueError: a length that the devices can't share equally; an order of another length.
-    """
-    if isinstance(x, tuple):
-        return tuple(shard(part, axis, order, mesh=mesh, batch_axis=batch_axis) for part in x)
-    length = x.q_len if isinstance(x, Mask) else x.shape[1]
-    if order is not None and len(order) != length:
-        raise ValueError(f"order must have the {length} positions along axis 1, got {len(order)}")
-    rows = np.arange(length) if order is None else np.asarray(order)
-
-    if _within_shard_map(axis):
-        around = jax.sharding.get_abstract_mesh()
-        _check_share("the length along axis 1", length, axis, around, _PAD)
-        mine = jnp.asarray(rows.reshape(around.shape[axis], -1))[lax.axis_index(axis)]
-        return x.on(mine).take(mine) if isinstance(x, Mask) else jnp.take(x, mine, axis=1)
-
-    over = _mesh_of(axis, mesh)
-    _check_share("the length along axis 1", length, axis, over, _PAD)
-    if order is not None:
-        x = x.take(rows) if isinstance(x, Mask) else permute_tokens(x, rows)
-    # Each is for one type of axis: under jit, with automatic axes, device_put moves nothing.
-    place = jax.device_put if _is_explicit(over, axis) else lax.with_sharding_constraint
-
-    batch = x.start.shape[0] if isinstance(x, Mask) else x.shape[0]
-    batch_axis = None if isinstance(x, Mask) and batch == 1 else batch_axis
-    _check_share("the batch", batch, batch_axis, over)
-    spec = PartitionSpec(batch_axis, axis)
-    sharding = spec if mesh is None else NamedSharding(mesh, spec)
-    return jax.tree.map(lambda array: place(array, sharding), x)
-
-
-def unshard(x: Any, axis: str, order: Int[np.ndarray, " seq"] | None = None) -> Any:
-    """Undo :func:`shard`, of arrays or tuples of them: the whole, in natural order.
-
-    Within a :func:`jax.shard_map` every device gets the whole, and the gradients of all devices' wholes add up.
-    """
-    if isinstance(x, tuple):
-        return tuple(unshard(part, axis, order) for part in x)
-    if _within_shard_map(axis):
-        x = _gather(x, axis)
-    elif (explicit := jax.typeof(x).sharding).spec[1] is not None:
-        batch, _, *rest = explicit.spec
-        x = jax.sharding.reshard(x, NamedSharding(explicit.mesh, PartitionSpec(batch, None, *rest)))
-    return x if order is None else unpermute_tokens(x, order)
+M = TypeVar("M")
+C = TypeVar("C")
 
 
 # ---------------------------------------------------------------- meshes
 
 
-def _within_shard_map(axis: str) -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.manual_axes:
-        return False
-    _check_axis(axis, mesh)
-    left = [n for n, size in mesh.shape.items() if n not in mesh.manual_axes and (size > 1 or n == axis)]
-    if left:
-        raise ValueError(f"the shard_map around must be over all axes of the mesh, it leaves out {left}")
-    return True
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all devices (of all processes).
 
+    Args:
+        data, fsdp, tensor, context: how many devices along each axis; one of them may be -1: what is left.
+        devices: these alone.
 
-def _mesh_of(axis: str, mesh: Mesh | AbstractMesh | None, array: Any = None) -> Any:
-    """The mesh given, or around, or that ``array`` lies on, if it has ``axis``."""
-    context = jax.sharding.get_abstract_mesh()
-    found: Any = mesh or (context if array is None or not context.empty else jax.typeof(array).sharding.mesh)
-    if found.empty:
-        raise ValueError(f"mesh must be given: no jax.set_mesh, shard_map or array around has axis {axis!r}; got None")
-    _check_axis(axis, found)
-    return found
-
-
-def _check_axis(axis: str, mesh: Mesh | AbstractMesh) -> None:
-    if axis not in mesh.shape:
-        raise ValueError(f"axis must be one of the mesh's {', '.join(map(repr, mesh.shape))}, got {axis!r}")
-
-
-def _is_explicit(mesh: Mesh | AbstractMesh, axis: str) -> bool:
-    return mesh.axis_types[mesh.axis_names.index(axis)] == AxisType.Explicit
-
-
-def _check_share(what: str, size: int, axes: Axes, mesh: Mesh | AbstractMesh, remedy: str = "") -> None:
-    names = axes if isinstance(axes, tuple) else (axes,) if axes else ()
-    for name in names:
-        if name not in mesh.shape:
-            raise ValueError(f"{what} can't be spread over {name!r}: the mesh has {', '.join(map(repr, mesh.shape))}")
-    devices = math.prod(mesh.shape[name] for name in names)
-    if size % devices:
-        raise ValueError(f"{what} must be a multiple of the {devices} devices of {axes!r}, got {size}{remedy}")
-
-
-@partial(jax.jit, static_argnames=("mesh", "spec", "axis", "method", "scale", "implementation"))
-def _spread_attend(query, key, value, mask, *, mesh, spec, axis, method, scale, implementation):
-    """:func:`_attend` over a mesh, of whole arrays; ``spec`` is the query's."""
-    batch, _, heads = spec
-    kv_spec = PartitionSpec(batch, axis, None if key.shape[2] == 1 else heads)
-    mask_spec = PartitionSpec(None if mask.start.shape[0] == 1 else batch, axis)
-    if _is_explicit(mesh, axis):  # where nothing is moved unless one says so, and a mask may come from anywhere
-        mask = jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, mask_spec)), mask)
-    local = partial(_attend, axis=axis, method=method, scale=scale, implementation=implementation)
-    in_specs = spec, kv_spec, kv_spec, mask_spec
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=(spec, spec))(query, key, value, mask)
-
-
-# ---------------------------------------------------------------- on each device
-
-
-def _attend(
-    query: Array, key: Array, value: Array, mask: Mask, axis: str, method: str, scale: float, implementation: str | None
-) -> tuple[Array, Array]:
-    """This device's queries over the keys of all devices of ``axis``."""
-    if method == "all_gather":
-        key, value = _gather(key, axis), _gather(value, axis)
-        return attend(query, key, value, mask, scale=scale, implementation=implementation, return_lse=True)
-    chosen = choose(query, key, value, mask, implementation)
-    # As custom_vjp wants it, also where the caller's arrays are the same on all devices of some axis.
-    query, key, value, mask, _ = vary_alike(query, key, value, mask, lax.axis_index(axis))
-    if not mask.prefix:
-        return _ring(query, key, value, mask, axis, scale, chosen)  # type: ignore[return-value]
-    # The keys of the prefix are few: all devices get them, as one more part; the ring has what lies behind them.
-    first = min(mask.prefix, key.shape[1])
-    keys, values = (_gather(x[:, :first], axis)[:, : mask.prefix] for x in (key, value))  # type: ignore[index]
-    behind, prefix = prefix_apart(mask)
-    ring: Any = _ring(query, key, value, behind, axis, scale, chosen)
-    part = attend(query, keys, values, prefix, scale=scale, implementation=implementation, return_lse=True)
-    return merge([ring, part])
-
-
-def _wide(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
-
-
-#: Equal groups of a mesh axis's devices, by their indices; None: one group.
-Groups = tuple[tuple[int, ...], ...] | None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: Array, axis: str, groups: Groups = None) -> Array:
-    """All parts of this device's group along axis 1; backward, the sum of its devices' gradients of this one's part."""
-    return lax.all_gather(x, axis, axis=1, tiled=True, axis_index_groups=groups)
-
-
-def _gather_forward(x, axis, groups=None):
-    return _gather(x, axis, groups), None
-
-
-def _gather_backward(axis, groups, _, d_whole):
-    d_part = lax.psum_scatter(
-        d_whole.astype(_wide(d_whole.dtype)), axis, scatter_dimension=1, tiled=True, axis_index_groups=groups
+    Raises:
+        ValueError: sizes that don't come to the number of devices.
+    """
+    sizes, count = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}, len(devices or jax.devices())
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            raise ValueError(f"{name} must be a positive integer, or -1 for what is left, got {size!r}")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"one axis of the mesh may be -1, got {' and '.join(free)}")
+    given = {name: size for name, size in sizes.items() if size > 1}
+    wanted, said = math.prod(given.values()), ", ".join(f"{name}={size}" for name, size in given.items())
+    if (free and count % wanted) or (not free and count != wanted):
+        what = "divide" if free else "multiply to"
+        raise ValueError(f"the axes of the mesh must {what} the {count} devices there are, got {said or 'data=1'}")
+    if free:
+        sizes[free[0]] = count // wanted
+    return jax.make_mesh(
+        tuple(sizes[name] for name in MESH_AXES), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices
     )
-    return (d_part.astype(d_whole.dtype),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+def initialize(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Join the other processes of a run, if there are any: to be called before anything else asks JAX for devices.
+
+    Args:
+        address: ``host:port`` of process 0; None: the environment's ``JAX_COORDINATOR_ADDRESS``. Without one this
+            process is alone.
+        processes, process: how many there are, and which this is; None: ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``,
+            or what a cluster's environment (Slurm, MPI, Kubernetes) tells JAX.
+
+    Raises:
+        ValueError: numbers that aren't; a process that isn't below the number of processes.
+    """
+    address = address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
+    if address is None or jax.distributed.is_initialized():
+        return
+    processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
+    process = _number("JAX_PROCESS_ID") if process is None else process
+    if process is not None and not 0 <= process < (processes or math.inf):
+        raise ValueError(f"process must be at least 0 and below the {processes} processes, got {process}")
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the trainer's to handle
+    jax.distributed.initialize(address, processes, process)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _ring(
-    query: Array, key: Array, value: Array, mask: Mask, axis: str, scale: float, implementation: Implementation
-) -> tuple[Array, Array]:
-    def run(query, key, value, mask):
-        out, lse = implementation.run(query, key, value, mask, scale)
-        return out.astype(_wide(out.dtype)), lse  # rounded once, after the last part
-
-    rank, ranks = lax.axis_index(axis), lax.axis_size(axis)
-    out, lse = ring_forward(query, key, value, mask, rank=rank, ranks=ranks, attend=run, send=_sender(axis))
-    return out.astype(query.dtype), lse
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not text.isdecimal():
+        raise ValueError(f"{name} must be a number, got {text!r}")
+    return None if text is None else int(text)
 
 
-def _ring_saved(query, key, value, mask, axis, scale, implementation):
-    out, lse = _ring(query, key, value, mask, axis, scale, implementation)  # type: ignore[misc]
-    return (out, lse), (query, key, value, mask, out, lse)
+# ---------------------------------------------------------------- what lies where
 
 
-def _ring_backward(axis, scale, implementation, saved, cotangents):
-    def run(query, key, value, mask, *arrays):
-        return implementation.backward(query, key, value, mask, scale, *arrays)
-
-    rank, ranks = lax.axis_index(axis), lax.axis_size(axis)
-    d_inputs = ring_backward(*saved, *cotangents, rank=rank, ranks=ranks, backward=run, send=_sender(axis))
-    return *d_inputs, None
+def spec(*axes: str | None) -> PartitionSpec:
+    """Of an array whose axes have these names; None: whole."""
+    return PartitionSpec(*(None if name is None else AXES[name] for name in axes))
 
 
-_ring.defvjp(_ring_saved, _ring_backward)
+def parameter_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    """The names of a parameter's axes by its dotted path, such as ``layers.0.attention.q.weight``.
+
+    Also of what an optimiser keeps of it, under a path that ends alike. What has another number of axes than its
+    parameter, as the factors of a moment, is whole.
+    """
+    parts = path.split(".")
+    for length in (3, 2, 1):
+        axes = PARAMETERS.get(".".join(parts[-length:]))
+        if axes is not None and len(axes) == ndim:
+            return axes
+    return (None,) * ndim
 
 
-def _sender(axis: str):
-    """See :data:`heddle.attention.ring.Send`. Nothing waits for what was sent until it is used, so that XLA computes
-    meanwhile."""
-    ranks = lax.axis_size(axis)
-    to_next = [(rank, (rank + 1) % ranks) for rank in range(ranks)]
+def partition_spec(path: str, ndim: int) -> PartitionSpec:
+    """How the parameter of this dotted path is spread; see :func:`parameter_axes`."""
+    return spec(*parameter_axes(path, ndim))
 
-    def send(arrays: tuple[Array, ...]):
-        received = lax.ppermute(arrays, axis, to_next) if ranks > 1 else arrays
-        return lambda: received
 
-    return send
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Of a model, its variables or an optimiser's state (arrays, or shapes as ``jax.eval_shape`` gives them): for each
+    leaf how it lies on the mesh."""
+
+    def one(path, leaf):
+        return NamedSharding(mesh, partition_spec(dotted(path), leaf.ndim))  # type: ignore[arg-type]
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def check_parameters(model: Any, mesh: Mesh | AbstractMesh) -> None:
+    """Refuse a model (or its shapes) whose parameters the devices of a mesh can't share equally.
+
+    Raises:
+        ValueError: naming the mesh axis, the size and the first such parameter.
+    """
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    counts = {"heads": heads, "kv_heads": getattr(config, "kv_heads", heads)}  # whole heads are dealt
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = dotted(path)
+        for axis, size in zip(parameter_axes(name, leaf.ndim), leaf.shape, strict=True):
+            over = None if axis is None else AXES[axis]
+            devices, count = _devices(over, mesh), counts.get(axis or "") or size
+            if count % devices:
+                raise ValueError(
+                    f"{axis} of {name} must be a multiple of the {devices} devices of mesh axis {over!r}, got {count}"
+                )
+    if mesh.shape["context"] > 1:
+        patterns = getattr(config, "attention", None) or getattr(config, "segment_lengths", None)
+        if patterns is not None and counts["kv_heads"] % _devices(_HEADS_OF_WHOLE_ROWS, mesh):
+            raise ValueError(
+                f"kv_heads of a model of dilated attention must be a multiple of the devices of mesh axes "
+                f"{_HEADS_OF_WHOLE_ROWS!r}, {_devices(_HEADS_OF_WHOLE_ROWS, mesh)}; got {counts['kv_heads']}"
+            )
+
+
+def place(model: M, mesh: Mesh) -> M:
+    """The model with its parameters spread over the mesh; its forward from now on computes there.
+
+    Raises:
+        ValueError: see :func:`check_parameters`.
+    """
+    check_parameters(model, mesh)
+    placed: Any = jax.tree.map(jax.device_put, model, shardings(model, mesh))
+    placed.mesh = mesh
+    return placed
+
+
+def create(build: Callable[[], M], mesh: Mesh | None) -> M:
+    """The model that ``build`` makes, of which each device ever holds its shards alone; None: as ``build`` does.
+
+    Raises:
+        ValueError: see :func:`check_parameters`; before anything is allocated.
+    """
+    if mesh is None:
+        return build()
+    shapes = jax.eval_shape(build)
+    check_parameters(shapes, mesh)
+    leaves = jax.jit(lambda: jax.tree.leaves(build()), out_shardings=jax.tree.leaves(shardings(shapes, mesh)))()
+    model: Any = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    model.mesh = mesh
+    return model
+
+
+def dotted(path: tuple) -> str:
+    """A leaf's path in a model as ``layers.0.attention.q.weight``."""
+    keys = (getattr(key, "name", None) or getattr(key, "key", getattr(key, "idx", None)) for key in path)
+    return ".".join(str(key) for key in keys if key != "value")
+
+
+def _devices(axes: Axes, mesh: Mesh | AbstractMesh) -> int:
+    return math.prod(mesh.shape[name] for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
+
+
+# ---------------------------------------------------------------- of a forward
+
+#: Where every device has whole rows: heads are dealt over the devices that otherwise share the row's tokens.
+_HEADS_OF_WHOLE_ROWS = ("tensor", "context")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Layout:
+    """Where the activations of a forward lie. Without a mesh all of this does nothing.
+
+    Args:
+        mesh: the devices.
+        whole_rows: the tokens of a row aren't dealt over ``context``, as where there is a cache.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    whole_rows: bool = False
+
+    def __call__(self, x: Array, *axes: str | None) -> Array:
+        """``x`` spread by the names of its leading axes."""
+        if self.mesh is None:
+            return x
+        axes = tuple(None if name == "seq" and self.whole_rows else name for name in axes)
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(*axes)))
+
+    @property
+    def context(self) -> int:
+        """How many devices share the tokens of a row."""
+        return 1 if self.mesh is None or self.whole_rows else self.mesh.shape["context"]
+
+    @property
+    def devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.size
+
+    def check(self, batch: int, seq: int) -> None:
+        """
+        Raises:
+            ValueError: a batch or length that the devices can't share equally.
+        """
+        if self.mesh is None:
+            return
+        for what, size, axis in (("batch", batch, "batch"), ("length", seq, "seq")):
+            devices = 1 if axis == "seq" and self.whole_rows else _devices(AXES[axis], self.mesh)
+            if size % devices:
+                raise ValueError(
+                    f"the {what} must be a multiple of the {devices} devices of mesh axis {AXES[axis]!r}, got {size}"
+                )
+
+    def by_heads(self, x: Array) -> Array:
+        """``(batch, seq, heads, dim)`` for attention that wants whole rows."""
+        if self.mesh is None:
+            return x
+        where = PartitionSpec(AXES["batch"], None, _HEADS_OF_WHOLE_ROWS)
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, where))
+
+    def attend(
+        self, query: Array, key: Array, value: Array, mask: Mask, order: Int[Array, "rows seq"]
+    ) -> tuple[Array, Array]:
+        """``(out, lse)`` of rows whose tokens are in ``order``; the mask is of the queries in that order."""
+        return context_attend(
+            query, key, value, mask, "context", mesh=self.mesh, batch_axis=AXES["batch"], head_axis=AXES["heads"],
+            kv_order=order, return_lse=True,
+        )  # fmt: skip
+
+    def to_natural_order(self, x: Array, order: Int[Array, "rows seq"]) -> Array:
+        """``x (rows, seq, hidden)``, whose rows are in ``order``, as they were."""
+        return to_natural_order(x, order, "context", mesh=self.mesh, batch_axis=AXES["batch"])
+
+    def empty(self, make: Callable[[], C], batch: int) -> C:
+        """The cache of zeros that ``make`` makes of so many sequences, spread by its rows and heads.
+
+        Raises:
+            ValueError: sequences that the devices can't share equally.
+        """
+        self.check(batch, 0)
+        return self.zeros(make)
+
+    def zeros(self, make: Callable[[], C]) -> C:
+        """The arrays of zeros that ``make`` makes, of a cache or a pool, each made where it lies."""
+        if self.mesh is None:
+            return make()
+        return self._on_mesh(lambda x, sharding: jnp.zeros(x.shape, x.dtype, device=sharding), jax.eval_shape(make))
+
+    def keep(self, cache: C) -> C:
+        """A cache that stays where it lies."""
+        if self.mesh is None:
+            return cache
+        return self._on_mesh(lax.with_sharding_constraint, cache)
+
+    def _on_mesh(self, move: Callable[[Any, NamedSharding], Array], cache: C) -> C:
+        mesh, rows = self.mesh, getattr(cache, "rows_axis", None)
+
+        def one(path, x):
+            return move(x, NamedSharding(mesh, cache_spec(dotted(path), rows)))  # type: ignore[arg-type]
+
+        return jax.tree_util.tree_map_with_path(one, cache)
+
+
+ONE_DEVICE = Layout()
+
+#: Of a cache's arrays, those that have heads behind their rows.
+_WITH_HEADS = ("keys", "values", "key_scales", "value_scales")
+
+
+def cache_spec(path: str, rows: str | None = "batch") -> PartitionSpec:
+    """How the array of a cache at this path, such as ``keys.0``, is spread: by its rows and, where it has them, heads.
+
+    ``rows`` names what rows are; None of a pool of blocks, where any sequence may hold any slot.
+    """
+    return spec(rows, "kv_heads") if path.partition(".")[0] in _WITH_HEADS else spec(rows)
+
+
+def to_mesh(x: np.ndarray, mesh: Mesh | None, *axes: str | None) -> Any:
+    """A host's array, the same in every process, spread over all processes' devices; each takes only its own part."""
+    if mesh is None:
+        return x
+    sharding = NamedSharding(mesh, spec(*axes))
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def to_host(x: Array) -> np.ndarray:
+    """The whole array, wherever its parts lie; all processes have to ask."""
+    if not x.is_fully_addressable:
+        mesh: Any = x.sharding.mesh  # type: ignore[attr-defined]
+        x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
+    return np.asarray(x)

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from heddle.attention.rope import Rope
 from heddle.config import Config
@@ -18,6 +20,7 @@ from heddle.run import check_folder, check_vocabulary, place, training_data, wri
 from .lm import lm
 from .model import Transformer
 from .model_config import PARSCALE, Dilation, ModelConfig
+from .parallel import create, initialize, make_mesh
 from .parscale import is_new
 from .train import Trainer
 
@@ -25,6 +28,7 @@ from .train import Trainer
 def run(config: Config, report: Callable[[Record], None] = lambda record: None) -> Trainer:
     """Language modelling of a corpus, from the start or from where this run stands.
 
+    Of several processes, where the environment says so (:func:`heddle.jax.parallel.initialize`), the first writes.
     ``config.output`` gets the resolved ``config.yaml``, what :class:`Trainer` writes, and once all steps are done
     ``model/``, a Hugging Face folder.
 
@@ -40,9 +44,11 @@ def run(config: Config, report: Callable[[Record], None] = lambda record: None) 
             another run. All before the first step.
         FloatingPointError: see :meth:`Trainer.fit`.
     """
+    initialize()
     check_folder(config)
     trainer, tokenizer = prepare(config)
-    write_config(config)
+    if not jax.process_index():
+        write_config(config)
     trainer.fit(report)
     if trainer.stopped_by is None:
         trainer.model.save_pretrained(trainer.output / "model", tokenizer)
@@ -60,21 +66,32 @@ def show(config: Config) -> int:
         if trainer.stopped_by is not None:
             bar.note(f"{trainer.stopped_by.name}: saved at step {done}; the same command goes on from there")
             return 128 + trainer.stopped_by
-        bar.note(f"{done} steps done: {trainer.output / 'model'}")
+        if not jax.process_index():
+            bar.note(f"{done} steps done: {trainer.output / 'model'}")
     return 0
 
 
 def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
     """The trainer of a configuration, ready to fit, and its tokenizer. Writes nothing."""
     tokenizer, packer, evaluation = training_data(config)
-    model = make_model(config, tokenizer)
+    model = make_model(config, tokenizer, mesh_of(config))
     trainable = nnx.All(nnx.Param, is_new) if config.training.freeze_pretrained else nnx.Param
     trainer = Trainer(model, lm, packer, config.training, config.output, evaluation, trainable=trainable)
     return trainer, tokenizer
 
 
-def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
-    """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``.
+def mesh_of(config: Config) -> Mesh | None:
+    """The mesh of a configuration; None: one device.
+
+    Raises:
+        ValueError: sizes that don't come to the number of devices.
+    """
+    sizes = dataclasses.asdict(config.mesh)
+    return None if set(sizes.values()) == {1} and jax.process_count() == 1 else make_mesh(**sizes)
+
+
+def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> Transformer:
+    """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``; on the mesh.
 
     With ``model.attention=dilated`` the new model's configuration says so; with ``sliding`` it is a Mistral.
 
@@ -99,7 +116,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
                 f"parscale.parscale_n must be that of the ParScale model {training.base_model}, "
                 f"{there.parscale_n}; got {config.parscale.parscale_n}"
             )
-        model = Transformer.from_pretrained(path, rngs=nnx.Rngs(training.seed), **parscale, **settings)
+        model = Transformer.from_pretrained(path, rngs=nnx.Rngs(training.seed), mesh=mesh, **parscale, **settings)
         check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
     dilation = None
@@ -125,4 +142,4 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Transformer:
     if options.sliding_window is not None:
         kind = sizes.model_type if parscale else "mistral"
         sizes = dataclasses.replace(sizes, model_type=kind, sliding_window=options.sliding_window, layer_types=None)
-    return Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings)
+    return create(lambda: Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings), mesh)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from heddle.metrics import MetricsFile, Record
 from heddle.run import Stop, due, stop_on_signals
 
 from .optimizer import make_optimizer, make_schedule
+from .parallel import Layout, shardings, to_mesh
 
 #: ``objective(model, batch, rng)`` returns the sum of the batch's losses (float32), the number of tokens it is over,
 #: and further sums to log, divided by the same number. A batch's loss is the one sum over the other, whatever parts it
@@ -64,6 +65,10 @@ class Trainer:
     Gradients are summed over the parts of a batch and divided by its number of tokens at the end, clipped by global
     norm, and applied to float32 parameters; a step whose loss or gradient isn't finite changes nothing.
 
+    A model that is spread over a mesh (``model.mesh``) is trained there: its optimiser's state lies as it does, rows
+    are dealt over ``data`` and ``fsdp``, their tokens over ``context``. A run may go on on another mesh. Of several
+    processes each has all of ``data`` and takes its part, and the first alone writes metrics and reports.
+
     Args:
         model: an ``nnx`` module. It is trained in place: its arrays belong to the trainer while it fits.
         objective: see :data:`Objective`; :func:`heddle.jax.lm.lm` for language modelling.
@@ -75,7 +80,8 @@ class Trainer:
             gradient nor optimiser state.
 
     Raises:
-        ValueError: ``data`` whose batches aren't of ``options.batch_size`` rows.
+        ValueError: ``data`` whose batches aren't of ``options.batch_size`` rows; a part of a batch, or rows, that the
+            devices can't share equally.
     """
 
     def __init__(
@@ -90,6 +96,8 @@ class Trainer:
     ):
         if data.rows != options.batch_size:
             raise ValueError(f"data must come in batches of {options.batch_size} rows, got {data.rows}")
+        self._mesh = getattr(model, "mesh", None)
+        Layout(self._mesh).check(options.batch_size // options.accumulation, data.row_len)
         self.model, self.options, self.output = model, options, Path(output)
         self.stopped_by: signal.Signals | None = None  #: the signal that ended the last fit early
         self._objective, self._data, self._evaluation, self._trainable = objective, data, evaluation, trainable
@@ -97,14 +105,26 @@ class Trainer:
         self._graph, variables = nnx.split(model)
         variables = jax.tree.map(_master, variables)
         self.state = TrainState(
-            step=jnp.zeros((), jnp.int32),
+            step=self._everywhere(np.int32(0)),
             model=variables,
-            optimizer=self._optimizer.init(nnx.filter_state(variables, trainable)),
-            rng=jax.random.key_data(jax.random.key(options.seed)),
-            nonfinite=jnp.zeros((), jnp.int32),
+            optimizer=self._new_optimizer(nnx.filter_state(variables, trainable)),
+            rng=self._everywhere(np.asarray(jax.random.key_data(jax.random.key(options.seed)))),
+            nonfinite=self._everywhere(np.int32(0)),
             data=data.state(),
         )
         self._evaluate = jax.jit(self._loss)
+
+    def _everywhere(self, x: Any) -> Array:
+        return jnp.asarray(to_mesh(np.asarray(x), self._mesh))
+
+    def _new_optimizer(self, params: Variables) -> optax.OptState:
+        init = self._optimizer.init
+        if self._mesh is None:
+            return init(params)
+        return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), self._mesh))(params)
+
+    def _placed(self, batch: Batch, *axes: str | None) -> Batch:
+        return Batch(*(to_mesh(np.asarray(field), self._mesh, *axes) for field in batch))
 
     def fit(self, report: Callable[[Record], None] = lambda record: None) -> TrainState:
         """Train up to ``options.max_steps``, from the latest checkpoint in the run's folder if there is one.
@@ -125,9 +145,11 @@ class Trainer:
             done = int(self.state.step)
             try:
                 if done < self.options.max_steps:
-                    metrics = MetricsFile(self.output / "metrics.jsonl", done)
-                    with closing(metrics), stop_on_signals() as stop:
-                        self._run(checkpoints, metrics, report, stop)
+                    with ExitStack() as stack:
+                        metrics = None  # of other processes than the first
+                        if not jax.process_index():
+                            metrics = stack.enter_context(closing(MetricsFile(self.output / "metrics.jsonl", done)))
+                        self._run(checkpoints, metrics, report, stack.enter_context(stop_on_signals()))
             finally:
                 nnx.update(self.model, self.state.model)
         return self.state
@@ -135,25 +157,33 @@ class Trainer:
     def evaluate(self) -> Record:
         """The mean loss over the tokens of the evaluation batches, and whatever else the objective measures."""
         key = jax.random.wrap_key_data(self.state.rng)
-        sums = [self._evaluate(self.state.model, batch, key) for batch in self._evaluation]
+        placed = (self._placed(batch, "batch", "seq") for batch in self._evaluation)
+        sums = [self._evaluate(self.state.model, batch, key) for batch in placed]
         means = _means(jax.tree.map(lambda *parts: sum(parts), *sums))
         return {f"eval_{name}": value.item() for name, value in means.items()}
 
-    def _run(self, checkpoints, metrics: MetricsFile, report: Callable[[Record], None], stop: Stop) -> None:
+    def _run(self, checkpoints, metrics: MetricsFile | None, report: Callable[[Record], None], stop: Stop) -> None:
         options, done, compiled = self.options, int(self.state.step), None
         self._data.restore(self.state.data)
 
         def write(record: Record) -> None:
-            metrics.write(record)
-            report(record)
+            if metrics is not None:
+                metrics.write(record)
+                report(record)
+
+        def save() -> None:
+            if metrics is not None:
+                metrics.sync()
+            self._save(checkpoints)
 
         with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
             since, running = 0.0, None  # the step that the device works at while the host prepares the next
             for step, (batch, after) in zip(range(done + 1, options.max_steps + 1), batches, strict=False):
                 parts = jax.tree.map(lambda x: x.reshape(options.accumulation, -1, *x.shape[1:]), batch)
+                parts = self._placed(parts, None, "batch", "seq")
                 arrays = replace(self.state, data=None)
                 if compiled is None:  # ahead of time, so that the first step's tokens/s is true too
-                    compiled = jax.jit(self._step, donate_argnums=0).lower(arrays, parts).compile()
+                    compiled = self._compile(arrays, parts)
                     since = time.perf_counter()
                 arrays, measured = compiled(arrays, parts)
                 self.state = replace(arrays, data=after)
@@ -161,7 +191,7 @@ class Trainer:
                     since = self._finish(*running, since, write)
                 running = step, batch, measured
 
-                stopped, ended = stop.signal, step == options.max_steps
+                stopped, ended = _agreed(stop.signal), step == options.max_steps
                 evaluates = len(self._evaluation) and due(step, options.eval_every, ended)
                 saves = ended or stopped is not None or due(step, options.checkpoint_every)
                 if evaluates or saves:
@@ -170,16 +200,14 @@ class Trainer:
                     if evaluates:
                         write({"step": step, **self.evaluate()})
                     if saves:
-                        metrics.sync()
-                        self._save(checkpoints)
+                        save()
                     since = time.perf_counter()
                 if stopped is not None:
                     self.stopped_by = None if ended else stopped
                     return
             if running is not None:  # the data ended before options.max_steps
                 self._finish(*running, since, write)
-                metrics.sync()
-                self._save(checkpoints)
+                save()
 
     def _finish(self, step: int, batch: Batch, measured: dict[str, Array], since: float, write) -> float:
         """Wait until the device has done ``step``, and record it; returns when that was."""
@@ -190,7 +218,8 @@ class Trainer:
         write(first | record | ({"skipped": True} if nonfinite else {}) | rates)
         if nonfinite >= self.options.max_nonfinite:
             path = self.output / f"nonfinite-{step}.npz"
-            np.savez(path, **batch._asdict())
+            if not jax.process_index():
+                np.savez(path, **batch._asdict())
             raise FloatingPointError(
                 f"{nonfinite} steps in a row had no finite loss and gradient, the last one step {step}; "
                 f"its batch is in {path}"
@@ -198,6 +227,10 @@ class Trainer:
         return now
 
     # ------------------------------------------------------------------ on the device
+
+    def _compile(self, arrays: TrainState, parts: Batch) -> jax.stages.Compiled:
+        kept = None if self._mesh is None else (jax.tree.map(lambda x: x.sharding, arrays), arrays.step.sharding)
+        return jax.jit(self._step, donate_argnums=0, out_shardings=kept).lower(arrays, parts).compile()
 
     def _loss(self, variables: Variables, batch: Batch, key: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         total, tokens, metrics = self._objective(nnx.merge(self._graph, variables), batch, key)
@@ -261,7 +294,7 @@ class Trainer:
         if step is None:
             return
         arrays = replace(self.state, data=None)
-        here = _named(jax.eval_shape(lambda: arrays))
+        here = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _named(arrays).items()}
         saved = checkpoints.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
         for name in sorted({*saved["shapes"], *here}):
             there, wanted = saved["shapes"].get(name), list(here[name].shape) if name in here else None
@@ -273,6 +306,16 @@ class Trainer:
         restored = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(here)))["state"]
         state = jax.tree.unflatten(jax.tree.structure(arrays), [restored[name] for name in here])
         self.state = replace(state, data=saved["data"])
+
+
+def _agreed(signal_: signal.Signals | None) -> signal.Signals | None:
+    """The signal that has come, to whichever process: all stop after the same step."""
+    if jax.process_count() == 1:
+        return signal_
+    from jax.experimental.multihost_utils import process_allgather
+
+    latest = int(process_allgather(np.int32(signal_ or 0)).max())
+    return signal.Signals(latest) if latest else None
 
 
 def _means(sums: tuple[Array, tuple[Array, dict[str, Array]]]) -> dict[str, Array]:

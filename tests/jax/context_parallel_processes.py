@@ -1,4 +1,4 @@
-"""Context parallelism over processes. Not collected by name: test_parallel.py starts it, once a process.
+"""Context parallelism over processes. Not collected by name: test_context_parallel.py starts it, once a process.
 
 Arguments: the coordinator's address, how many processes, which of them this is. XLA_FLAGS gives each two devices. Every
 process has the whole problem and compares its own devices' parts with the float64 oracle.
