@@ -136,9 +136,23 @@ ERRORS = {
     "training.beta1=1": "training.beta1 must be at least 0 and below 1, got 1.0",
     "training.final_share=2": "training.final_share must lie between 0 and 1, got 2.0",
     "training.schedule=cosin": "training.schedule must be one of constant, cosine, wsd; got 'cosin'",
-    "training.optimizer=adam": "training.optimizer must be one of adamw, lion; got 'adam'",
+    "training.optimizer=adam": "training.optimizer must be one of adamw, lion, muon, adafactor; got 'adam'",
     "training.compute_dtype=float16": "training.compute_dtype must be one of float32, bfloat16; got 'float16'",
-    "training.remat=dots": "training.remat must be true or false, got 'dots' (from the command line)",
+    "training.remat=true": "training.remat must be one of none, layer, dots; got 'True'",
+    "training.keep_best=dots": "training.keep_best must be true or false, got 'dots' (from the command line)",
+    "training.keep_best=true training.eval_every=30": "training.keep_best needs an evaluation at each checkpoint: "
+    "training.checkpoint_every must be a multiple of training.eval_every, got 100 and 30",
+    "training.ema_decay=1": "training.ema_decay must be at least 0 and below 1, got 1.0",
+    "training.objective=dpo": "training.objective must be one of lm, sft; got 'dpo'",
+    "training.trainable=none": "training.trainable must be one of full, lora, new; got 'none'",
+    "training.trainable=lora": "training.trainable=lora trains adapters of a base model: set training.base_model",
+    "sft.neftune_alpha=5": "sft.neftune_alpha is for training.objective=sft, but it is lm",
+    "sft.loss_on=prompt training.objective=sft": "sft.loss_on must be one of completion, assistant, all; got 'prompt'",
+    "sft.label_smoothing=1 training.objective=sft": "sft.label_smoothing must be at least 0 and below 1, got 1.0",
+    "lora.rank=8": "lora.rank is for training.trainable=lora, but it is full",
+    "lora.rank=0 training.trainable=lora": "lora.rank must be at least 1, got 0",
+    "lora.targets=q_proj training.trainable=lora": "lora.targets must be a list of texts or null, got 'q_proj' "
+    "(from the command line)",
     "data.on_error=warn": "data.on_error must be one of fail, skip; got 'warn'",
     "data.seq_len=1": "data.seq_len must be at least 2, got 1",
     "data.window=0": "data.window must be at least 1, got 0",
@@ -159,7 +173,7 @@ ERRORS = {
     "segment_lengths and model.dilation_rates must be positive integers, equally many, got [4] and [1, 2]",
     # What one wing alone has.
     "framework=tensorflow": "framework must be one of jax, torch; got 'tensorflow'",
-    "training.report_to=wandb": "training.report_to=wandb is for framework=torch, but framework is jax",
+    "framework=torch training.ema_decay=0.9": "training.ema_decay=0.9 is for framework=jax, but framework is torch",
     "framework=torch training.optimizer=lion": "training.optimizer=lion is for framework=jax, but framework is torch",
     # ParScale.
     "parscale.parscale_n=0": "parscale.parscale_n must be at least 1, got 0",
@@ -174,7 +188,7 @@ ERRORS = {
     "parscale.parscale_m=2": "parscale.parscale_m is not an option (from the command line); "
     "did you mean parscale.parscale_n?",
     "parscale_n=2": "parscale_n is not an option (from the command line); did you mean parscale.parscale_n?",
-    "training.freeze_pretrained=true parscale.parscale_n=2": "training.freeze_pretrained trains what "
+    "training.trainable=new parscale.parscale_n=2": "training.trainable=new trains what "
     "ParScale adds to a base model: set training.base_model, and parscale.parscale_n above 1",
     "data.held_out=0": "training.eval_every needs something to evaluate on: set data.held_out above 0, "
     "name data.eval_corpus, or set training.eval_every=0",

@@ -17,7 +17,13 @@ from yaml import YAMLError
 
 FRAMEWORKS = ("jax", "torch")
 SCHEDULES = ("constant", "cosine", "wsd")
-OPTIMIZERS = ("adamw", "lion")
+OPTIMIZERS = ("adamw", "lion", "muon", "adafactor")
+OBJECTIVES = ("lm", "sft")
+TRAINABLE = ("full", "lora", "new")
+REMAT = ("none", "layer", "dots")
+SFT_LOSSES = ("completion", "assistant", "all")
+SFT_FORMS = ("auto", "chat", "text")
+OVERLONG = ("truncate", "refuse")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 CROSS_ATTN_MODES = ("joint", "sublayer")
 PREFIX_SCOPES = ("own", "all")
@@ -85,7 +91,8 @@ class ModelOptions:
 class DataOptions:
     """What to train on, and how it is packed; see :func:`heddle.data.corpora.open_corpus`."""
 
-    corpus: str = "stdlib"  #: stdlib, hub:NAME, or a file, folder or pattern of text, JSONL or Parquet
+    #: stdlib, hub:NAME, or a file, folder or pattern of text, JSONL or Parquet; of examples stdlib-docstrings
+    corpus: str = "stdlib"
     eval_corpus: str | None = None  #: what to evaluate on; None: the held-out part of ``corpus``
     held_out: float = 0.02  #: the share of ``corpus`` that is held out for evaluation; 0 with an ``eval_corpus``
     tokenizer: str | None = None  #: bytes, or a model's path; None: that of training.base_model, or bytes
@@ -154,33 +161,72 @@ class MeshOptions:
 
 
 @dataclass
+class SFTOptions:
+    """Supervised fine-tuning, ``training.objective=sft``; see :mod:`heddle.data.examples`."""
+
+    loss_on: str = "completion"  #: what is learned: completion, the last answer; assistant, all it says; all
+    form: str = "auto"  #: how prompts of text are written: chat, text; auto: a chat if there's a template
+    overlong: str = "truncate"  #: an example longer than a row: truncate, or refuse (as a broken line)
+    neftune_alpha: float = 0.0  #: of the noise on the embeddings (arXiv 2310.05914), 5 to 15; 0: none
+    label_smoothing: float = 0.0  #: the share of a target's weight that all tokens get
+
+    def __post_init__(self):
+        _one_of("sft.loss_on", self.loss_on, SFT_LOSSES)
+        _one_of("sft.form", self.form, SFT_FORMS)
+        _one_of("sft.overlong", self.overlong, OVERLONG)
+        if not (math.isfinite(self.neftune_alpha) and self.neftune_alpha >= 0):
+            raise ValueError(f"sft.neftune_alpha must be finite and not negative, got {self.neftune_alpha}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"sft.label_smoothing must be at least 0 and below 1, got {self.label_smoothing}")
+
+
+@dataclass
+class LoRAOptions:
+    """Low-rank adapters (arXiv 2106.09685) on linear layers, ``training.trainable=lora``."""
+
+    rank: int = 16
+    alpha: float = 32.0  #: an adapter is scaled by alpha / rank
+    #: linear layers by the end of their Hugging Face name, such as q_proj, mlp.up_proj; null: all but the head
+    targets: list[str] | None = None
+
+    def __post_init__(self):
+        _at_least("lora.rank", self.rank, 1)
+        _positive("lora.alpha", self.alpha)
+        if self.targets is not None and not self.targets:
+            raise ValueError("lora.targets must name at least one linear layer, or be null for all; got []")
+
+
+@dataclass
 class TrainingOptions:
     """How to train."""
 
+    objective: str = "lm"  #: lm, language modelling of documents; sft, supervised fine-tuning on examples
     base_model: str | None = None  #: a Hugging Face folder, a .gguf file, a hub name, or embedded; None: from scratch
-    freeze_pretrained: bool = False  #: train only the parameters that ParScale adds to the base model
+    trainable: str = "full"  #: full; lora, adapters alone; new, only what ParScale adds to the base model
     max_steps: int = 1000  #: optimiser steps of the whole run
     batch_size: int = 8  #: rows of ``data.seq_len`` tokens in an optimiser step, over all processes
     accumulation: int = 1  #: parts the batch is computed in, one after the other: less memory, the same gradients
     seed: int = 0  #: of the initial weights, the order of the data, and whatever else is random
-    optimizer: str = "adamw"  #: adamw, lion
+    optimizer: str = "adamw"  #: adamw, lion, muon (adamw for what isn't a layer's matrix), adafactor
     learning_rate: float = 3e-4  #: at its highest
     schedule: str = "cosine"  #: constant, cosine, wsd (warm-up, stable, decay); all after the warm-up
     warmup_steps: int = 0  #: over which the learning rate rises linearly; a run may end before
     decay_share: float = 0.2  #: of all steps, at the end, over which wsd falls linearly
     final_share: float = 0.1  #: of ``learning_rate``, where cosine and wsd end
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8  #: of adamw
+    beta1: float = 0.9  #: of adamw and lion, and of muon's adamw
+    beta2: float = 0.95  #: of adamw and lion, and of muon's adamw
+    epsilon: float = 1e-8  #: of adamw, and of muon
     weight_decay: float = 0.1  #: of weight matrices only, never of norms and biases
     clip: float | None = 1.0  #: the largest global norm of the gradient; None: not clipped
+    ema_decay: float | None = None  #: of an average of the weights, evaluated and saved too; None: none is kept
     compute_dtype: str = "float32"  #: bfloat16: forward and backward in it, master weights and optimiser in float32
-    remat: bool = False  #: compute each layer again in the backward pass: less memory, a third more work
+    remat: str = "none"  #: what the backward pass computes again: none; layer, all; dots, all but matrix products
     max_nonfinite: int = 5  #: steps in a row with a non-finite loss or gradient, each skipped, that stop the run
     eval_every: int = 100  #: steps between evaluations; 0: never
     eval_batches: int = 4  #: batches of an evaluation, always the same
     checkpoint_every: int = 100  #: steps between checkpoints, besides the one at the end; 0: none between
     keep: int = 2  #: checkpoints kept, the latest ones
+    keep_best: bool = False  #: keep the one of the lowest held-out loss besides
     report_to: str = "none"  #: besides metrics.jsonl: tensorboard, trackio, wandb
 
     def __post_init__(self):
@@ -200,6 +246,18 @@ class TrainingOptions:
         for name in ("decay_share", "final_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"training.{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"training.ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.keep_best and not (
+            self.eval_every and self.checkpoint_every and self.checkpoint_every % self.eval_every == 0
+        ):
+            raise ValueError(
+                "training.keep_best needs an evaluation at each checkpoint: training.checkpoint_every must be a "
+                f"multiple of training.eval_every, got {self.checkpoint_every} and {self.eval_every}"
+            )
+        _one_of("training.objective", self.objective, OBJECTIVES)
+        _one_of("training.trainable", self.trainable, TRAINABLE)
+        _one_of("training.remat", self.remat, REMAT)
         _one_of("training.schedule", self.schedule, SCHEDULES)
         _one_of("training.optimizer", self.optimizer, OPTIMIZERS)
         _one_of("training.compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
@@ -212,9 +270,20 @@ class TrainingOptions:
 
 
 #: Options and values that one wing alone has.
-ONE_WING = {"training.report_to": "torch", "training.optimizer=lion": "jax"} | {
-    f"mesh.{option.name}": "jax" for option in dataclasses.fields(MeshOptions)
-}
+ONE_WING = {
+    "training.objective=sft": "jax",
+    "training.trainable=lora": "jax",
+    "training.optimizer=lion": "jax",
+    "training.optimizer=muon": "jax",
+    "training.optimizer=adafactor": "jax",
+    "training.remat=dots": "jax",
+    "training.ema_decay": "jax",
+    "training.keep_best": "jax",
+} | {f"mesh.{option.name}": "jax" for option in dataclasses.fields(MeshOptions)}
+
+
+#: Sections that one choice of an option of ``training`` alone has.
+ONE_CHOICE = {"sft": ("objective", "sft"), "lora": ("trainable", "lora")}
 
 
 @dataclass
@@ -226,6 +295,8 @@ class Config:
     model: ModelOptions = field(default_factory=ModelOptions)
     parscale: ParScaleOptions = field(default_factory=ParScaleOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    sft: SFTOptions = field(default_factory=SFTOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
@@ -243,10 +314,23 @@ class Config:
                     f"{name} is for a model from scratch, but training.base_model names "
                     f"{self.training.base_model!r}: give one"
                 )
-        if self.training.freeze_pretrained and (self.training.base_model is None or self.parscale.parscale_n == 1):
+            if section in ONE_CHOICE:
+                needed, choice = ONE_CHOICE[section]
+                chosen = getattr(self.training, needed)
+                if chosen != choice:
+                    raise ValueError(f"{name} is for training.{needed}={choice}, but it is {chosen}")
+        trainable, base_model = self.training.trainable, self.training.base_model
+        if trainable == "new" and (base_model is None or self.parscale.parscale_n == 1):
             raise ValueError(
-                "training.freeze_pretrained trains what ParScale adds to a base model: "
+                "training.trainable=new trains what ParScale adds to a base model: "
                 "set training.base_model, and parscale.parscale_n above 1"
+            )
+        if trainable == "lora" and base_model is None:
+            raise ValueError("training.trainable=lora trains adapters of a base model: set training.base_model")
+        if trainable == "lora" and self.parscale.parscale_n > 1:
+            raise ValueError(
+                "training.trainable=lora would leave what ParScale adds untrained: parscale.parscale_n must be 1, "
+                f"got {self.parscale.parscale_n}"
             )
         if self.training.eval_every and not self.data.held_out and self.data.eval_corpus is None:
             raise ValueError(
@@ -351,6 +435,7 @@ _TYPES = {
     "float | None": "a number or null",
     "str | None": "text or null",
     "list[int] | None": "a list of integers or null",
+    "list[str] | None": "a list of texts or null",
 }
 
 

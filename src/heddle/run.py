@@ -10,11 +10,12 @@ from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from heddle.config import Config, MeshOptions, load_config
 from heddle.data.corpora import Reader, open_corpus, tokenized
-from heddle.data.packing import Batch, Packer
+from heddle.data.examples import TakeExample, documents, open_examples
+from heddle.data.packing import Batch, Documents, Packer
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
 
 #: What a run may change on the way: how long, how often and with how much memory it learns, but not what.
@@ -22,7 +23,7 @@ CHANGEABLE = {"output"} | {
     f"training.{name}"
     for name in (
         "max_steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_batches", "checkpoint_every", "keep",
-        "report_to",
+        "keep_best", "report_to",
     )
 } | {f"mesh.{option.name}" for option in fields(MeshOptions)}  # fmt: skip
 
@@ -47,30 +48,36 @@ def training_data(config: Config) -> Data:
     tokenizer = load_tokenizer(place(data.tokenizer or training.base_model or BYTES))
 
     def corpus(name: str, part: str, seed: int | None) -> Reader:
-        return open_corpus(
-            name, part=part, held_out=data.held_out, seed=seed,
-            on_error=data.on_error, field=data.field, subset=data.subset, split=data.split,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "part": part, "held_out": data.held_out, "seed": seed, "on_error": data.on_error, "subset": data.subset,
+            "split": data.split,
+        }  # fmt: skip
+        if training.objective == "lm":
+            return open_corpus(name, field=data.field, **options)
+        sft = config.sft
+        return open_examples(name, TakeExample(tokenizer, data.seq_len, sft.loss_on, sft.form, sft.overlong), **options)
 
-    separate = data.eval_corpus is not None
+    def as_tokens(reader: Reader) -> Documents:
+        return tokenized(reader, tokenizer) if training.objective == "lm" else documents(reader)
+
+    separate, what = data.eval_corpus is not None, "text" if training.objective == "lm" else "examples"
     reader = corpus(data.corpus, "all" if separate else "train", training.seed)
     if next(reader(0, None), None) is None:
         rest = "" if separate else f" that data.held_out={data.held_out} leaves over"
-        raise ValueError(f"data.corpus={data.corpus} must hold text to train on{rest}, got none")
-    documents = tokenized(reader, tokenizer)
-    packer = Packer(documents, data.seq_len, training.batch_size, seed=training.seed, window=data.window)
+        raise ValueError(f"data.corpus={data.corpus} must hold {what} to train on{rest}, got none")
+    packer = Packer(as_tokens(reader), data.seq_len, training.batch_size, seed=training.seed, window=data.window)
 
     evaluation = []
     if training.eval_every:
         reader = corpus(data.eval_corpus or data.corpus, "all" if separate else "held_out", None)
         if next(reader(0, None), None) is None:
             raise ValueError(
-                f"data.eval_corpus={data.eval_corpus} holds no text to evaluate on" if separate else
-                f"data.held_out={data.held_out} of data.corpus={data.corpus} is no text at all: raise it, "
+                f"data.eval_corpus={data.eval_corpus} holds no {what} to evaluate on" if separate else
+                f"data.held_out={data.held_out} of data.corpus={data.corpus} is no {what} at all: raise it, "
                 "name data.eval_corpus, or set training.eval_every=0"
             )  # fmt: skip
         rows = training.batch_size // training.accumulation
-        packed = Packer(tokenized(reader, tokenizer), data.seq_len, rows, window=data.window, epochs=1)
+        packed = Packer(as_tokens(reader), data.seq_len, rows, window=data.window, epochs=1)
         evaluation = list(islice(packed, training.eval_batches))
     return Data(tokenizer, packer, evaluation)
 

@@ -224,7 +224,7 @@ def test_a_frozen_base_stays_as_it_was_and_the_rest_learns(options, tmp_path):
     further = [o for o in options if not o.startswith("model.")]
     config = load_config(
         None,
-        [*further, *PARSCALE, f"training.base_model={base / 'model'}", "training.freeze_pretrained=true"],
+        [*further, *PARSCALE, f"training.base_model={base / 'model'}", "training.trainable=new"],
     )
     before = nnx.to_pure_dict(nnx.state(prepare(config)[0].model))
     trainer = run(config)

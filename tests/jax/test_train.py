@@ -153,6 +153,76 @@ def test_objectives_may_measure_more(tmp_path):
     assert set(trained.evaluate()) == {"eval_loss", "eval_tokens", "eval_places", "eval_noise"}
 
 
+def test_evaluation_may_have_its_own_objective(tmp_path):
+    def doubled(model, batch, rng):
+        total, count, _ = lm(model, batch, rng)
+        return 2 * total, count, {}
+
+    batches = list(islice(packer(), 1))
+    options = TrainingOptions(max_steps=1, batch_size=4, eval_every=0)
+    both = [Trainer(Bigram(0), doubled, packer(), options, tmp_path, batches, eval_objective=o) for o in (None, lm)]
+    first, second = (t.evaluate()["eval_loss"] for t in both)
+    assert first == pytest.approx(2 * second)
+
+
+def test_an_average_of_the_weights_is_kept_evaluated_and_goes_on(tmp_path):
+    whole = trainer(tmp_path / "whole", ema_decay=0.7, eval_every=6, evaluation=list(islice(packer(), 1)))
+    expected, steps = jax.tree.map(np.array, whole.state.model), []
+
+    def follow(record):
+        steps.append(record["step"])
+
+    whole.fit(follow)
+    # By hand, from the parameters after each step.
+    again = trainer(tmp_path / "by hand", max_steps=12)
+    step = jax.jit(again._step)
+    state = replace(again.state, data=None)
+    for number, batch in enumerate(islice(packer(), 12)):
+        state, _ = step(state, Batch(*(field[None] for field in batch)))
+        keep = min(0.7, (1 + number) / (10 + number))
+        expected = jax.tree.map(lambda a, p, keep=keep: keep * a + (1 - keep) * np.asarray(p), expected, state.model)
+    for a, b in zip(jax.tree.leaves(whole.state.average), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    evaluated = [r for r in records(tmp_path / "whole") if "eval_loss" in r]
+    assert all(set(r) == {"step", "eval_loss", "eval_tokens", "eval_average_loss"} for r in evaluated)
+    total, count, _ = lm(whole.averaged(), whole._evaluation[0], None)
+    assert evaluated[-1]["eval_average_loss"] == pytest.approx(float(total / count), rel=1e-5)
+    trainer(tmp_path / "parts", ema_decay=0.7, max_steps=5, schedule="constant").fit()
+    parts, other = (trainer(tmp_path / name, ema_decay=0.7, schedule="constant") for name in ("parts", "other"))
+    parts.fit()
+    other.fit()
+    for a, b in zip(jax.tree.leaves(parts.state), jax.tree.leaves(other.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("remat", ["layer", "dots"])
+def test_what_is_computed_again_changes_nothing(remat):
+    batch = next(packer())
+
+    def gradient(model):
+        graph, params = nnx.split(model)
+        return jax.jit(jax.grad(lambda p: lm(nnx.merge(graph, p), batch, None)[0])).lower(params), params
+
+    (plain, params), (other, _) = gradient(transformer()), gradient(transformer(remat=remat))
+    for a, b in zip(jax.tree.leaves(plain.compile()(params)), jax.tree.leaves(other.compile()(params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()))
+    assert other.as_text() != plain.as_text()
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_other_optimisers_learn_too_and_resume(tmp_path, optimizer):
+    options = {"optimizer": optimizer, "schedule": "constant", "learning_rate": 0.05}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.fit()
+    losses = [r["loss"] for r in records(tmp_path / "whole")]
+    assert losses[-1] < losses[0] - 0.1
+    trainer(tmp_path / "parts", max_steps=7, **options).fit()
+    parts = trainer(tmp_path / "parts", **options)
+    parts.fit()
+    for a, b in zip(jax.tree.leaves(parts.state), jax.tree.leaves(whole.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 # ---------------------------------------------------------------------- what is not finite
 
 
@@ -239,6 +309,25 @@ def test_a_run_that_is_done_stays_as_it_is(uninterrupted):
 
 def test_the_last_checkpoints_are_kept(uninterrupted):
     assert sorted(p.name for p in (uninterrupted.output / "checkpoints").iterdir()) == ["12", "9"]
+
+
+def test_the_best_checkpoint_is_kept_besides_and_the_last_is_resumed(tmp_path):
+    """The rate is far too high at the end: an early evaluation is the best."""
+
+    def run(steps):
+        options = {"eval_every": 2, "checkpoint_every": 2, "keep": 1, "keep_best": True, "schedule": "constant"}
+        evaluation = list(islice(packer(), 1))
+        later = trainer(tmp_path, evaluation=evaluation, max_steps=steps, learning_rate=0.5, **options)
+        later.fit()
+        return later
+
+    run(6)
+    last = run(12)
+    held_out = {r["step"]: r["eval_loss"] for r in records(tmp_path) if "eval_loss" in r}
+    best = min(held_out, key=held_out.get)
+    assert int(last.state.step) == 12
+    assert best != 12
+    assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {best, 12}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

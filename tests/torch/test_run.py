@@ -166,8 +166,8 @@ def test_attention_of_a_model_from_scratch(options, tmp_path, overrides, model_t
 
 
 def test_the_frozen_backbone_stays_as_it_was_bit_for_bit(options, base, tmp_path):
-    options = [*options, *PARSCALE, f"training.base_model={base}", "training.freeze_pretrained=true"]
-    trainer = run(load_config(None, [*options, "training.remat=true"]))
+    options = [*options, *PARSCALE, f"training.base_model={base}", "training.trainable=new"]
+    trainer = run(load_config(None, [*options, "training.remat=layer"]))
     before = dict(hugging_face("llama, bytes").named_parameters())
     new = trainer.model.new_parameters()
     start = make_model(load_config(None, options), Tokenizer.bytes()).new_parameters()

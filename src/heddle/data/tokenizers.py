@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from .chat import render
 from .gguf import GGUF
 from .locate import locate, read_json
 
@@ -197,6 +197,12 @@ class Tokenizer:
         """
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """The ids of a text, nothing put around it, and which of them have a character in one of ``spans``."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        inside = [any(begin < end and start < until for start, end in spans) for begin, until in encoding.offsets]
+        return encoding.ids, inside
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of these ids; bytes that aren't UTF-8 become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -219,23 +225,12 @@ class Tokenizer:
         """
         if not self.chat_template:
             raise ValueError("the tokenizer must have a chat template to chat, got none")
-        import jinja2
+        return render(self.chat_template, messages, self.template_names, add_generation_prompt=add_generation_prompt)
 
-        names = {f"{role}_token": token for role, token in self.special.items()}
-        try:
-            return (
-                _environment()
-                .from_string(self.chat_template)
-                .render(
-                    messages=[dict(message) for message in messages],
-                    add_generation_prompt=add_generation_prompt,
-                    tools=None,
-                    documents=None,
-                    **names,
-                )
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from None
+    @property
+    def template_names(self) -> dict[str, str]:
+        """What a chat template may name besides the messages."""
+        return {f"{role}_token": token for role, token in self.special.items()}
 
     # ------------------------------------------------------------------ saving
 
@@ -326,23 +321,3 @@ def _byte_of_letter() -> dict[str, int]:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-def _environment() -> Any:
-    """Jinja as transformers sets it up for chat templates: sandboxed, since templates come with models."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, **options)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = to_json
-    return environment

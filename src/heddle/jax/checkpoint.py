@@ -264,7 +264,8 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Any = None, *, max
     stands there is replaced. Of a model over several processes all have to call it; process 0 writes.
 
     Raises:
-        ValueError: a folder that holds anything but a saved model; a shard size that isn't positive.
+        ValueError: a folder that holds anything but a saved model; a shard size that isn't positive; a model with
+            adapters.
     """
     folder = Path(folder)
     if max_shard_bytes < 1:
@@ -274,13 +275,15 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Any = None, *, max
         for _, leaf in leaves:
             to_host(leaf)
         return
-    with _replacing(folder) as unfinished:
+    with replacing(folder, _SAVED) as unfinished:
         config = model.config.to_dict() | {"dtype": str(leaves[0][1].dtype)}
-        _write_json(unfinished / "config.json", config)
+        write_json(unfinished / "config.json", config)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if any(".adapter." in dotted(path) for path, _ in leaves):
+        raise ValueError("model must have no adapters left to be saved: call heddle.jax.lora.merge_adapters first")
         if tokenizer is not None and len(tokenizer.stop_ids) > 1:
             ids["eos_token_id"] = list(tokenizer.stop_ids)
-        _write_json(unfinished / "generation_config.json", ids)
+        write_json(unfinished / "generation_config.json", ids)
         _write_safetensors(unfinished, {dotted(path): leaf for path, leaf in leaves}, model.config, max_shard_bytes)
         if tokenizer is not None:
             tokenizer.save_pretrained(unfinished)
@@ -320,9 +323,14 @@ def _theirs(ours: str, config: Any, convention: str) -> tuple[str, bool]:
     if ours == "head.weight" and config.tie_word_embeddings:
         return _THEIRS["embedding"][convention], True
     layer = re.search(r"\d+", ours)
-    name = _THEIRS[re.sub(r"\d+", "{}", ours, count=1)].get(convention, ours)  # GGUF has no names for ParScale's
+    name = _THEIRS[re.sub(r"\d+", "{}", ours, count=1)].get(convention, ours)  # not all have names in all conventions
     matrix = ours.endswith(".weight") and "norm" not in ours
     return name.format(layer.group() if layer else ""), matrix
+def hugging_face_name(ours: str, config: Any) -> str:
+    """Of a parameter by its dotted path."""
+    return _theirs(ours, config, "hugging face")[0]
+
+
 
 
 def _read(source: Source, ours: str, config: Any, convention: str) -> np.ndarray:
@@ -384,7 +392,7 @@ def _open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -395,12 +403,12 @@ _SAVED = re.compile(
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, files: re.Pattern[str]) -> Iterator[Path]:
     """A new folder beside ``folder``, which takes its place if nothing fails and is removed if something does."""
     if folder.exists():
         if not folder.is_dir():
             raise ValueError(f"{folder}: must be a folder, got a file")
-        other = sorted(path.name for path in folder.iterdir() if not _SAVED.fullmatch(path.name))
+        other = sorted(path.name for path in folder.iterdir() if not files.fullmatch(path.name))
         if other:
             raise ValueError(f"{folder}: must be new, empty or a saved model, but it holds {_few(other, 3)}")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -12,16 +12,38 @@ from jaxtyping import Float
 from heddle.attention.arrays import Array
 
 
+class LowRank(nnx.Module):
+    """A low-rank adapter, ``scale x @ a @ b`` (LoRA, arXiv 2106.09685, eq. 3, whose A and B are transposed here).
+
+    It adds nothing at first: ``a`` is uniform in ``±1 / sqrt(inputs)``, ``b`` is zero.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, *, rngs: nnx.Rngs, dtype):
+        bound = inputs**-0.5
+        self.a = nnx.LoRAParam(jax.random.uniform(rngs.params(), (inputs, rank), dtype, -bound, bound))
+        self.b = nnx.LoRAParam(jnp.zeros((rank, outputs), dtype))
+        self.scale = scale
+
+    def __call__(self, x):
+        return self.scale * (x @ self.a.astype(x.dtype) @ self.b.astype(x.dtype))
+
+
 class Linear(nnx.Module):
-    """``x @ weight + bias``, weight ``(inputs, outputs)``: on a CPU the transposed product is far slower."""
+    """``x @ weight + bias``, weight ``(inputs, outputs)``: on a CPU the transposed product is far slower.
+
+    ``adapter`` is None, or what is trained beside the weight (:mod:`heddle.jax.lora`).
+    """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float, rngs: nnx.Rngs, dtype):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+        self.adapter = nnx.data(None)
 
     def __call__(self, x):
-        x = x @ self.weight.astype(x.dtype)
-        return x if self.bias is None else x + self.bias.astype(x.dtype)
+        out = x @ self.weight.astype(x.dtype)
+        if self.bias is not None:
+            out = out + self.bias.astype(x.dtype)
+        return out if self.adapter is None else out + self.adapter(x)
 
 
 class RMSNorm(nnx.Module):

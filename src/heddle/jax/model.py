@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from heddle.attention import PADDING_SEGMENT_ID, Mask, attend
 from heddle.attention.arrays import Array, is_concrete, to_numpy
@@ -137,6 +137,13 @@ class Block(nnx.Module):
         return step.layout(x_btd + self.ffn(self.ffn_norm(x_btd)), "batch", "seq"), cache
 
 
+def rematerialized(layer: nnx.Module, remat: bool | str) -> Callable:
+    """A layer without a cache whose backward pass computes again what ``remat`` says, as of :class:`Transformer`."""
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    run = jax.checkpoint(lambda layer, *args: layer(*args, None, 0)[0], policy=policy)  # type: ignore[operator]
+    return partial(run, layer)
+
+
 class LanguageModel(nnx.Module):
     """What generation, training and checkpoints know of a model: its hidden states, its head, its kind of cache."""
 
@@ -153,6 +160,7 @@ class LanguageModel(nnx.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
         cache: Cache | None = None,
+        noise: Float[Array, "batch seq hidden"] | None = None,
     ) -> Any:
         """The final hidden states ``(batch, seq, hidden)``, of which ``head`` makes logits; with a cache, both."""
 
@@ -232,11 +240,12 @@ class Transformer(LanguageModel):
         rngs: where the initial weights come from: normal, of deviation ``config.initializer_range``.
         dtype: of the computation, and of the logits.
         param_dtype: of the weights; None: ``dtype``.
-        remat: recompute each layer in the backward pass instead of keeping its activations.
+        remat: ``True`` or ``"layer"``: recompute each layer in the backward pass instead of keeping its activations;
+            ``"dots"``: all but its products with weights.
     """
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=None, remat: bool = False
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=None, remat: bool | str = False
     ):
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -317,12 +326,16 @@ class Transformer(LanguageModel):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
         cache: Cache | None = None,
+        noise: Float[Array, "batch seq hidden"] | None = None,
     ) -> Any:
-        """As the call, but the final hidden states ``(batch, seq, hidden)``: ``model.head`` makes logits of them."""
-        x_btd, masks, step, cache = self.prepare(tokens, positions, segment_ids, cache)
+        """As the call, but the final hidden states ``(batch, seq, hidden)``: ``model.head`` makes logits of them.
+
+        ``noise`` is added to the embeddings, that of all replicas.
+        """
+        x_btd, masks, step, cache = self.prepare(tokens, positions, segment_ids, cache, noise)
         for index, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
             if self.remat and cache is None:
-                x_btd = jax.checkpoint(lambda layer, *args: layer(*args, None, 0)[0])(layer, x_btd, masks[window], step)
+                x_btd = rematerialized(layer, self.remat)(x_btd, masks[window], step)
             else:
                 x_btd, cache = layer(x_btd, masks[window], step, cache, index)
         x_btd = self.norm(x_btd)
@@ -339,6 +352,7 @@ class Transformer(LanguageModel):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | Int[Array, "batch replicas seq"] | None = None,
         cache: Cache | None = None,
+        noise: Float[Array, "batch seq hidden"] | None = None,
     ) -> tuple[Array, dict[int | None, Mask], Step, Cache | None]:
         """What the layers take: the embeddings of all rows, the mask of each window, the rest, the cache.
 
@@ -381,6 +395,7 @@ class Transformer(LanguageModel):
             order = jnp.asarray(snake(first, layout.context))
             tokens = jnp.take_along_axis(tokens, order if tokens.ndim == 2 else order[:, None], axis=-1)
             positions = jnp.take_along_axis(positions, order, axis=1)
+            noise = None if noise is None else jnp.take_along_axis(noise, order[:, :, None], axis=1)
             order = order if mask.start.shape[0] == 1 else self._rows(order)
             masks = {
                 size: Mask(*(jnp.take_along_axis(x, order, axis=1) for x in (mask.start, mask.stop)))
@@ -388,6 +403,8 @@ class Transformer(LanguageModel):
             }
         cos, sin = self.config.rotary.tables(positions)
         x_btd = self._embed(tokens)
+        if noise is not None:
+            x_btd = x_btd + (noise if tokens.ndim == 2 else noise[:, None]).astype(self.dtype)
         x_btd = self._rows(x_btd) if tokens.ndim == 2 else stack_replicas(x_btd)
         x_btd = layout(x_btd, "batch", "seq")
         documents = None

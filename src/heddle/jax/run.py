@@ -14,23 +14,30 @@ from heddle.attention.rope import Rope
 from heddle.config import Config
 from heddle.data.locate import locate
 from heddle.data.tokenizers import Tokenizer
-from heddle.metrics import ProgressBar, Record
+from heddle.metrics import NO_TRACKER, ProgressBar, Record, check_tracker, tracking
 from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
 
 from .lm import lm
+from .lora import add_adapters, merge_adapters, save_adapter
 from .model import Transformer
 from .model_config import PARSCALE, Dilation, ModelConfig
 from .parallel import create, initialize, make_mesh
+from .parallel import place as place_on_mesh
 from .parscale import is_new
+from .sft import sft
 from .train import Trainer
+
+#: Which parameters are trained, by ``training.trainable``.
+TRAINABLE: dict[str, Any] = {"full": nnx.Param, "lora": nnx.LoRAParam, "new": nnx.All(nnx.Param, is_new)}
 
 
 def run(config: Config, report: Callable[[Record], None] = lambda record: None) -> Trainer:
-    """Language modelling of a corpus, from the start or from where this run stands.
+    """Language modelling of a corpus or fine-tuning on examples, from the start or from where this run stands.
 
     Of several processes, where the environment says so (:func:`heddle.jax.parallel.initialize`), the first writes.
     ``config.output`` gets the resolved ``config.yaml``, what :class:`Trainer` writes, and once all steps are done
-    ``model/``, a Hugging Face folder.
+    ``model/``, a Hugging Face folder; of adapters merged into it, and ``adapter/``, PEFT's folder, beside. With an
+    average of the weights ``model-average/`` holds that.
 
     Args:
         config: the run.
@@ -41,17 +48,25 @@ def run(config: Config, report: Callable[[Record], None] = lambda record: None) 
 
     Raises:
         ValueError: a corpus, tokenizer or model that can't be read; nothing to evaluate on; a folder that holds
-            another run. All before the first step.
+            another run; a tracker that isn't installed. All before the first step.
         FloatingPointError: see :meth:`Trainer.fit`.
     """
     initialize()
+    check_tracker(config.training.report_to)
     check_folder(config)
     trainer, tokenizer = prepare(config)
     if not jax.process_index():
         write_config(config)
-    trainer.fit(report)
+    reports_to = NO_TRACKER if jax.process_index() else config.training.report_to
+    with tracking(reports_to, config.output, config.flat()) as track:
+
+        def both(record: Record) -> None:
+            report(record)
+            track(record)
+
+        trainer.fit(both)
     if trainer.stopped_by is None:
-        trainer.model.save_pretrained(trainer.output / "model", tokenizer)
+        _save(trainer, config, tokenizer)
     return trainer
 
 
@@ -75,9 +90,27 @@ def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
     """The trainer of a configuration, ready to fit, and its tokenizer. Writes nothing."""
     tokenizer, packer, evaluation = training_data(config)
     model = make_model(config, tokenizer, mesh_of(config))
-    trainable = nnx.All(nnx.Param, is_new) if config.training.freeze_pretrained else nnx.Param
-    trainer = Trainer(model, lm, packer, config.training, config.output, evaluation, trainable=trainable)
+    if config.training.trainable == "lora":
+        lora = config.lora
+        add_adapters(model, lora.rank, lora.alpha, lora.targets, rngs=nnx.Rngs(config.training.seed))
+        model = model if model.mesh is None else place_on_mesh(model, model.mesh)
+    objective = lm
+    if config.training.objective == "sft":
+        objective = sft(neftune_alpha=config.sft.neftune_alpha, label_smoothing=config.sft.label_smoothing)
+    trainer = Trainer(
+        model, objective, packer, config.training, config.output, evaluation,
+        trainable=TRAINABLE[config.training.trainable], eval_objective=lm,
+    )  # fmt: skip
     return trainer, tokenizer
+
+
+def _save(trainer: Trainer, config: Config, tokenizer: Tokenizer) -> None:
+    averages = {"": trainer.model} | ({} if config.training.ema_decay is None else {"-average": trainer.averaged()})
+    for suffix, model in averages.items():
+        if config.training.trainable == "lora":
+            save_adapter(model, trainer.output / f"adapter{suffix}", config.training.base_model)
+            merge_adapters(model)
+        model.save_pretrained(trainer.output / f"model{suffix}", tokenizer)
 
 
 def mesh_of(config: Config) -> Mesh | None:
@@ -106,7 +139,8 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
     options, training, seq_len = config.model, config.training, config.data.seq_len
     parscale = dataclasses.asdict(config.parscale) if config.parscale.parscale_n > 1 else {}
     settings: dict[str, Any] = {
-        "dtype": training.compute_dtype, "param_dtype": "float32", "remat": training.remat
+        "dtype": training.compute_dtype, "param_dtype": "float32",
+        "remat": training.remat != "none" and training.remat,
     }  # fmt: skip
     if training.base_model is not None:
         path = locate(place(training.base_model))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import nnx
 from jaxtyping import Int, UInt32
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from heddle.attention.arrays import Array
 from heddle.config import TrainingOptions
@@ -46,6 +49,7 @@ class TrainState:
         optimizer: optax's state.
         rng: the data of the run's random key; each step's key is folded from it.
         nonfinite: int32, how many of the last steps in a row were skipped.
+        average: the trained parameters' exponential moving average; None: none is kept.
         data: where the next batch begins (:meth:`heddle.data.packing.Packer.state`); None inside the compiled step.
     """
 
@@ -54,6 +58,7 @@ class TrainState:
     optimizer: optax.OptState
     rng: UInt32[Array, ...]
     nonfinite: Int[Array, ""]
+    average: Variables | None = None
     data: Any = None
 
 
@@ -78,6 +83,7 @@ class Trainer:
         evaluation: batches to evaluate on every ``options.eval_every`` steps.
         trainable: an ``nnx`` filter, the parameters that are trained; the others stay as they are, and take neither a
             gradient nor optimiser state.
+        eval_objective: what to evaluate by; None: ``objective``.
 
     Raises:
         ValueError: ``data`` whose batches aren't of ``options.batch_size`` rows; a part of a batch, or rows, that the
@@ -93,6 +99,7 @@ class Trainer:
         output: str | Path,
         evaluation: Sequence[Batch] = (),
         trainable: Any = nnx.Param,
+        eval_objective: Objective | None = None,
     ):
         if data.rows != options.batch_size:
             raise ValueError(f"data must come in batches of {options.batch_size} rows, got {data.rows}")
@@ -104,15 +111,17 @@ class Trainer:
         self._schedule, self._optimizer = make_schedule(options), make_optimizer(options)
         self._graph, variables = nnx.split(model)
         variables = jax.tree.map(_master, variables)
+        params = nnx.filter_state(variables, trainable)
         self.state = TrainState(
             step=self._everywhere(np.int32(0)),
             model=variables,
-            optimizer=self._new_optimizer(nnx.filter_state(variables, trainable)),
+            optimizer=self._new_optimizer(params),
             rng=self._everywhere(np.asarray(jax.random.key_data(jax.random.key(options.seed)))),
             nonfinite=self._everywhere(np.int32(0)),
+            average=None if options.ema_decay is None else jax.tree.map(jnp.copy, params),
             data=data.state(),
         )
-        self._evaluate = jax.jit(self._loss)
+        self._evaluate = jax.jit(partial(self._loss, eval_objective or objective))
 
     def _everywhere(self, x: Any) -> Array:
         return jnp.asarray(to_mesh(np.asarray(x), self._mesh))
@@ -155,12 +164,28 @@ class Trainer:
         return self.state
 
     def evaluate(self) -> Record:
-        """The mean loss over the tokens of the evaluation batches, and whatever else the objective measures."""
+        """The mean loss over the tokens of the evaluation batches, and whatever else the objective measures.
+
+        Where an average of the weights is kept, also its loss, ``eval_average_loss``.
+        """
         key = jax.random.wrap_key_data(self.state.rng)
-        placed = (self._placed(batch, "batch", "seq") for batch in self._evaluation)
-        sums = [self._evaluate(self.state.model, batch, key) for batch in placed]
-        means = _means(jax.tree.map(lambda *parts: sum(parts), *sums))
-        return {f"eval_{name}": value.item() for name, value in means.items()}
+        measured = {"": self.state.model} | ({} if self.state.average is None else {"average_": self._averaged()})
+        record = {}
+        for whose, variables in measured.items():
+            placed = (self._placed(batch, "batch", "seq") for batch in self._evaluation)
+            sums = [self._evaluate(variables, batch, key) for batch in placed]
+            means = _means(jax.tree.map(lambda *parts: sum(parts), *sums))
+            record |= {f"eval_{whose}{name}": value.item() for name, value in means.items()}
+        record.pop("eval_average_tokens", None)
+        return record
+
+    def averaged(self) -> Any:
+        """The model with the average of its weights, where ``options.ema_decay`` keeps one."""
+        return nnx.merge(self._graph, jax.tree.map(lambda x: x, self._averaged()))  # its own variables
+
+    def _averaged(self) -> Variables:
+        others = nnx.split_state(self.state.model, self._trainable, ...)[1]
+        return nnx.merge_state(self.state.average, others)
 
     def _run(self, checkpoints, metrics: MetricsFile | None, report: Callable[[Record], None], stop: Stop) -> None:
         options, done, compiled = self.options, int(self.state.step), None
@@ -171,10 +196,10 @@ class Trainer:
                 metrics.write(record)
                 report(record)
 
-        def save() -> None:
+        def save(evaluated: Record) -> None:
             if metrics is not None:
                 metrics.sync()
-            self._save(checkpoints)
+            self._save(checkpoints, evaluated)
 
         with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
             since, running = 0.0, None  # the step that the device works at while the host prepares the next
@@ -197,17 +222,18 @@ class Trainer:
                 if evaluates or saves:
                     self._finish(*running, since, write)
                     running = None
+                    evaluated = self.evaluate() if evaluates else {}
                     if evaluates:
-                        write({"step": step, **self.evaluate()})
+                        write({"step": step, **evaluated})
                     if saves:
-                        save()
+                        save(evaluated)
                     since = time.perf_counter()
                 if stopped is not None:
                     self.stopped_by = None if ended else stopped
                     return
             if running is not None:  # the data ended before options.max_steps
                 self._finish(*running, since, write)
-                save()
+                save({})
 
     def _finish(self, step: int, batch: Batch, measured: dict[str, Array], since: float, write) -> float:
         """Wait until the device has done ``step``, and record it; returns when that was."""
@@ -229,11 +255,22 @@ class Trainer:
     # ------------------------------------------------------------------ on the device
 
     def _compile(self, arrays: TrainState, parts: Batch) -> jax.stages.Compiled:
-        kept = None if self._mesh is None else (jax.tree.map(lambda x: x.sharding, arrays), arrays.step.sharding)
-        return jax.jit(self._step, donate_argnums=0, out_shardings=kept).lower(arrays, parts).compile()
+        where = [x.sharding for x in jax.tree.leaves(arrays)]
 
-    def _loss(self, variables: Variables, batch: Batch, key: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-        total, tokens, metrics = self._objective(nnx.merge(self._graph, variables), batch, key)
+        def step(arrays: TrainState, parts: Batch) -> tuple[TrainState, dict[str, Array]]:
+            state, measured = self._step(arrays, parts)
+            if self._mesh is not None:  # what comes out lies where it lay
+                leaves, structure = jax.tree.flatten(state)
+                leaves = [jax.lax.with_sharding_constraint(*pair) for pair in zip(leaves, where, strict=True)]
+                state = jax.tree.unflatten(structure, leaves)
+            return state, measured
+
+        return jax.jit(step, donate_argnums=0).lower(arrays, parts).compile()
+
+    def _loss(
+        self, objective: Objective, variables: Variables, batch: Batch, key: Array
+    ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        total, tokens, metrics = objective(nnx.merge(self._graph, variables), batch, key)
         return total, (tokens, metrics)
 
     def _step(self, state: TrainState, parts: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -242,7 +279,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def loss(params, *inputs):
-            return self._loss(nnx.merge_state(params, others), *inputs)
+            return self._loss(self._objective, nnx.merge_state(params, others), *inputs)
 
         def part(inputs):
             return jax.value_and_grad(loss, has_aux=True)(params, *inputs)
@@ -268,32 +305,42 @@ class Trainer:
         params, optimizer = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (updated, optimizer), (params, state.optimizer)
         )
-        nonfinite = jnp.where(finite, 0, state.nonfinite + 1)
+        nonfinite, average = jnp.where(finite, 0, state.nonfinite + 1), state.average
+        if average is not None:
+            keep = _kept(self.options.ema_decay, state.step)
+            average = jax.tree.map(lambda a, p: jnp.where(finite, keep * a + (1 - keep) * p, a), average, params)
         state = replace(
-            state, step=state.step + 1, model=nnx.merge_state(params, others), optimizer=optimizer, nonfinite=nonfinite
-        )
+            state, step=state.step + 1, model=nnx.merge_state(params, others), optimizer=optimizer,
+            nonfinite=nonfinite, average=average,
+        )  # fmt: skip
         return state, record | {"gradient_norm": norm, "learning_rate": rate, "nonfinite": nonfinite}
 
     # ------------------------------------------------------------------ on disk
 
     def _checkpoints(self) -> ocp.CheckpointManager:
         """Asynchronous, and atomic: a checkpoint is written beside and renamed when it is whole."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.options.keep, cleanup_tmp_directories=True)
+        kept: list[Any] = [LatestN(n=self.options.keep)]
+        if best := self.options.keep_best:
+            kept.append(BestN(get_metric_fn=_held_out, reverse=True, n=1, keep_checkpoints_without_metrics=False))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(kept), best_fn=_held_out if best else None, best_mode="min",
+            cleanup_tmp_directories=True,
+        )  # fmt: skip
         return ocp.CheckpointManager((self.output / "checkpoints").resolve(), options=options)
 
-    def _save(self, checkpoints: ocp.CheckpointManager) -> None:
-        arrays = _named(replace(self.state, data=None))
+    def _save(self, checkpoints: ocp.CheckpointManager, evaluated: Record) -> None:
+        arrays = _named(self._learned())
         shapes = {name: list(array.shape) for name, array in arrays.items()}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays), data=ocp.args.JsonSave({"data": self.state.data, "shapes": shapes})
         )
-        checkpoints.save(int(self.state.step), args=items)
+        checkpoints.save(int(self.state.step), args=items, metrics=evaluated or None)
 
     def _restore(self, checkpoints: ocp.CheckpointManager) -> None:
         step = checkpoints.latest_step()
         if step is None:
             return
-        arrays = replace(self.state, data=None)
+        arrays = self._learned()
         here = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _named(arrays).items()}
         saved = checkpoints.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
         for name in sorted({*saved["shapes"], *here}):
@@ -305,7 +352,12 @@ class Trainer:
                 )
         restored = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(here)))["state"]
         state = jax.tree.unflatten(jax.tree.structure(arrays), [restored[name] for name in here])
-        self.state = replace(state, data=saved["data"])
+        others = nnx.split_state(self.state.model, self._trainable, ...)[1]
+        self.state = replace(state, model=nnx.merge_state(state.model, others), data=saved["data"])
+
+    def _learned(self) -> TrainState:
+        """What a checkpoint holds: of the model what is trained, since the rest stays as it began."""
+        return replace(self.state, data=None, model=nnx.filter_state(self.state.model, self._trainable))
 
 
 def _agreed(signal_: signal.Signals | None) -> signal.Signals | None:
@@ -323,6 +375,16 @@ def _means(sums: tuple[Array, tuple[Array, dict[str, Array]]]) -> dict[str, Arra
     total, (tokens, metrics) = sums
     count = jnp.maximum(tokens, 1)
     return {"loss": total / count, "tokens": tokens} | {name: value / count for name, value in metrics.items()}
+
+
+def _held_out(measured: Record) -> float:
+    """A checkpoint's rank."""
+    return measured["eval_loss"] if math.isfinite(measured["eval_loss"]) else math.inf
+
+
+def _kept(decay: float | None, step: Array) -> Array:
+    """How much of an average a step keeps: at first less than ``decay``, so that the start is soon forgotten."""
+    return jnp.minimum(decay, (1 + step) / (10 + step))
 
 
 def _master(x: Array) -> Array:

@@ -212,7 +212,7 @@ FAST = (
 
 #: Over configs/quickstart.yaml's data: two replicas of SmolLM2 that see each other, of which only what is new learns.
 PARSCALE = (
-    "framework=torch", "data.tokenizer=null", "data.seq_len=128", "data.window=null", "training.freeze_pretrained=true",
+    "framework=torch", "data.tokenizer=null", "data.seq_len=128", "data.window=null", "training.trainable=new",
     "training.max_steps=12", "training.batch_size=2", "training.learning_rate=5e-4", "training.schedule=constant",
     "training.warmup_steps=4", "training.eval_every=3", "training.eval_batches=2", "training.checkpoint_every=0",
     "parscale.parscale_n=2", "parscale.enable_cross_attn=true",

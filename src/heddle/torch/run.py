@@ -85,7 +85,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
     with ``sliding`` it is a Mistral.
 
     With ``parscale.parscale_n`` above 1 as many replicas of it, of model type ``qwen2_parscale``; a ParScale checkpoint
-    keeps its own shape. With ``training.freeze_pretrained`` only what ParScale adds requires gradients. What is new is
+    keeps its own shape. With ``training.trainable=new`` only what ParScale adds requires gradients. What is new is
     random by ``training.seed``.
 
     Raises:
@@ -107,7 +107,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
             return Qwen2ParScaleForCausalLM._from_config(sizes, attn_implementation=ATTENTION)
         model = _pretrained(training.base_model, replicas, parscale)
     check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
-    if training.freeze_pretrained:
+    if training.trainable == "new":
         new = model.new_parameters()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)

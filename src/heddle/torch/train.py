@@ -6,7 +6,6 @@ that CPUs have it too, and a checkpoint is a set of named tensors that any numbe
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import shutil
@@ -28,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from heddle.config import TrainingOptions
 from heddle.data.packing import NO_TARGET, Batch, Packer, ahead
-from heddle.metrics import MetricsFile, Record
+from heddle.metrics import MetricsFile, Record, check_tracker
 from heddle.run import Stop, due, stop_on_signals
 
 from .flops import peak_flops, training_flops
@@ -117,13 +116,7 @@ class Trainer:
         self._data, self._evaluation, self._place = data, evaluation, data.state()
         bfloat16 = options.compute_dtype == "bfloat16"
         trackers = None if options.report_to == "none" else options.report_to
-        if trackers is not None:
-            try:
-                importlib.import_module(trackers)
-            except ImportError:
-                raise ValueError(
-                    f"training.report_to={trackers} needs the {trackers} package: pip install {trackers}"
-                ) from None
+        check_tracker(options.report_to)
         processes()  # before the Accelerator, which would take CPUs for one process each
         self.accelerator = Accelerator(
             mixed_precision="bf16" if bfloat16 else "no", log_with=trackers, project_dir=output
@@ -135,7 +128,7 @@ class Trainer:
                 f"got {options.batch_size}, {options.accumulation} and {self._processes}"
             )
         self._description = description or {}
-        if options.remat:
+        if options.remat != "none":
             names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers' new and old one
             next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
         self._flops = training_flops(model)
