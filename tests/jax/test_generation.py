@@ -12,7 +12,7 @@ import transformers
 from tiny_models import hugging_face, tokens
 
 from heddle.data.tokenizers import Tokenizer
-from heddle.jax import Completion, Transformer, generate, generation, stream
+from heddle.jax import Completion, PromptLookup, Transformer, generate, generation, stream
 from heddle.jax import sampler as usual
 from heddle.jax.answer import Answer
 from heddle.jax.decoding import STEPS, decode, prefill
@@ -300,3 +300,20 @@ def test_smollm2s_logits_are_those_of_transformers(smollm2, tmp_path):
     found = np.asarray(model(jnp.asarray(ids)))
     np.testing.assert_allclose(found, exact, rtol=5e-6, atol=1e-4)
     assert np.square(found - exact).mean() ** 0.5 < 2 * np.square(rounded - exact).mean() ** 0.5 < 1e-4
+
+
+@pytest.mark.slow
+def test_smollm2_writes_what_transformers_does(smollm2, tmp_path):
+    """200 greedy tokens, token for token; with prompt lookup too."""
+    model, tokenizer = smollm2
+    model.save_pretrained(tmp_path / "model")
+    prompt = tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Tell me a story about a weaver."}]))
+    (found,) = generate(model, tokenizer, [prompt], max_tokens=200, stop_ids=())
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    ids = torch.tensor([prompt])
+    expected = peer.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False, eos_token_id=None
+    )
+    assert list(found.tokens) == expected[0, len(prompt) :].tolist()
+    lookup = generate(model, tokenizer, [prompt], max_tokens=200, stop_ids=(), speculate=PromptLookup())[0]
+    assert lookup.tokens == found.tokens

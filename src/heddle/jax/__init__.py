@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .model import Transformer as Transformer
     from .model_config import ModelConfig as ModelConfig
     from .sampling import sampler as sampler
+    from .speculation import PromptLookup as PromptLookup
     from .train import Trainer as Trainer
     from .train import TrainState as TrainState
 
@@ -46,6 +47,7 @@ _HOMES = {
     "Completion": "generation", "generate": "generation", "stream": "generation",
     "LongNetConfig": "longnet", "LongNetLM": "longnet",
     "Transformer": "model", "ModelConfig": "model_config", "context_attend": "context_parallel", "sampler": "sampling",
+    "PromptLookup": "speculation",
     "Trainer": "train", "TrainState": "train",
 }  # fmt: skip
 
