@@ -194,7 +194,7 @@ def to_natural_order(
     order: Int[Array, "order_rows seq"],
     axis: str,
     *,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     batch_axis: Axes = None,
 ) -> Float[Array, "batch seq hidden"]:
     """:func:`unshard`'s order, but still spread: rows that were in ``order`` (each in its own, which may be traced).

@@ -84,9 +84,10 @@ class Attention(nnx.Module):
         if cache is not None:
             own, cache = cache.attend(layer, q_btqh, k_btkh, v_btkh, step.cached)
         elif self.dilation is not None:
+            q_btqh, k_btkh, v_btkh = map(step.layout.by_heads, (q_btqh, k_btkh, v_btkh))
             own = dilated_attention(
-                *map(step.layout.by_heads, (q_btqh, k_btkh, v_btkh)), self.dilation.segment_lengths,
-                self.dilation.dilation_rates, is_causal=True, segment_ids=step.segment_ids, return_lse=True,
+                q_btqh, k_btkh, v_btkh, self.dilation.segment_lengths, self.dilation.dilation_rates,
+                is_causal=True, segment_ids=step.segment_ids, return_lse=True,
             )  # fmt: skip
         elif step.order is not None:
             own = step.layout.attend(q_btqh, k_btkh, v_btkh, mask, step.order)
@@ -388,20 +389,19 @@ class Transformer(LanguageModel):
             size: mask if size is None or cache is not None else mask & Mask.window(seq, size, like=tokens)
             for size in set(self.config.windows)
         }
-        positions, order = default if positions is None else positions, None
+        places: Any = default if positions is None else positions
+        order: Any = None
         if layout.context > 1 and self.config.attention is None:
             # Each device gets an equal share of what the row's queries see. All replicas are dealt as the first is.
             first = Mask(mask.start[: tokens.shape[0]], mask.stop[: tokens.shape[0]])
             order = jnp.asarray(snake(first, layout.context))
             tokens = jnp.take_along_axis(tokens, order if tokens.ndim == 2 else order[:, None], axis=-1)
-            positions = jnp.take_along_axis(positions, order, axis=1)
+            places = jnp.take_along_axis(places, order, axis=1)
             noise = None if noise is None else jnp.take_along_axis(noise, order[:, :, None], axis=1)
             order = order if mask.start.shape[0] == 1 else self._rows(order)
-            masks = {
-                size: Mask(*(jnp.take_along_axis(x, order, axis=1) for x in (mask.start, mask.stop)))
-                for size, mask in masks.items()
-            }
-        cos, sin = self.config.rotary.tables(positions)
+            dealt = partial(jnp.take_along_axis, indices=order, axis=1)
+            masks = {size: Mask(dealt(mask.start), dealt(mask.stop)) for size, mask in masks.items()}
+        cos, sin = self.config.rotary.tables(places)
         x_btd = self._embed(tokens)
         if noise is not None:
             x_btd = x_btd + (noise if tokens.ndim == 2 else noise[:, None]).astype(self.dtype)

@@ -212,10 +212,11 @@ def check_parameters(model: Any, mesh: Mesh | AbstractMesh) -> None:
                 )
     if mesh.shape["context"] > 1:
         patterns = getattr(config, "attention", None) or getattr(config, "segment_lengths", None)
-        if patterns is not None and counts["kv_heads"] % _devices(_HEADS_OF_WHOLE_ROWS, mesh):
+        devices, heads = _devices(_HEADS_OF_WHOLE_ROWS, mesh), counts["kv_heads"] or 0
+        if patterns is not None and heads % devices:
             raise ValueError(
-                f"kv_heads of a model of dilated attention must be a multiple of the devices of mesh axes "
-                f"{_HEADS_OF_WHOLE_ROWS!r}, {_devices(_HEADS_OF_WHOLE_ROWS, mesh)}; got {counts['kv_heads']}"
+                f"kv_heads of a model of dilated attention must be a multiple of the {devices} devices of mesh axes "
+                f"{_HEADS_OF_WHOLE_ROWS!r}, got {heads}"
             )
 
 
