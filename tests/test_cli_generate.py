@@ -12,11 +12,12 @@ import time
 from typing import Any
 
 import pytest
+import tiny_meta
 from tiny_models import hugging_face
 from typer.testing import CliRunner
 
 from heddle.cli import app
-from heddle.data.tokenizers import Tokenizer
+from heddle.data.tokenizers import LLAMA3_SPECIAL, Tokenizer
 from heddle.jax import Transformer, generate
 from heddle.jax.terminal import Conversation, Speed
 
@@ -51,6 +52,16 @@ def heddle(*arguments: str, stdin: str | None = None):
 
 def expected(pair, prompt: str, **options) -> str:
     return generate(*pair, [pair[1].encode(prompt)], **options)[0].text
+
+
+def test_metas_folder_with_its_own_vocabulary(tmp_path):
+    words = tiny_meta.write_vocabulary(tmp_path, ["heddle"])
+    tiny_meta.write(tmp_path, tiny_meta.llama(vocab_size=len(words) + LLAMA3_SPECIAL), params={"max_seq_len": 64})
+    result = heddle("generate", "--model", str(tmp_path), "--prompt", "a heddle", "--max-tokens", "3")
+    assert result.exit_code == 0
+    both = Transformer.from_pretrained(tmp_path), Tokenizer.from_pretrained(tmp_path)
+    assert result.stdout == expected(both, "a heddle", max_tokens=3) + "\n"
+    assert "4 prompt tokens" in result.stderr  # the first is the bos
 
 
 def test_an_answer_goes_to_stdout_and_its_speed_to_stderr(folder, pair):

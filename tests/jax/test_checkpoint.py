@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_gguf
+import tiny_meta
 import torch
 import transformers
 from flax import nnx
@@ -133,7 +134,9 @@ def test_broken_folders_are_one_clear_line(folder, tmp_path):
     (folder / "config.json").unlink()
     assert error_of(folder) == f"{folder / 'config.json'}: no such file"
     (tmp_path / "model.bin").write_bytes(b"")
-    assert "must be a folder with a config.json and safetensors, or a .gguf file" in error_of(tmp_path / "model.bin")
+    assert "must be a folder with a config.json and safetensors, or Meta's, or a .gguf file" in error_of(
+        tmp_path / "model.bin"
+    )
 
 
 def test_quantised_tensors_and_other_dtypes_are_refused(folder):
@@ -232,6 +235,41 @@ def test_gguf_files_that_do_not_fit_are_refused(tmp_path):
     tiny_gguf.write(path, model, tensors={"output_norm.weight": None, "blk.0.extra.weight": np.ones(3, np.float32)})
     assert error_of(path) == (
         f"{path}: tensors don't fit the configuration: missing: output_norm.weight; not expected: blk.0.extra.weight"
+    )
+
+
+# ---------------------------------------------------------------------- Meta's folders
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", ["plain", "tied, split by width", "llama3"])
+def test_logits_of_metas_files(kind, ranks, tmp_path):
+    changes, params = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, {}
+    if kind == "llama3":
+        rope = LLAMA3 | {"factor": 5.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+        changes, params = {"rope_parameters": rope}, {"use_scaled_rope": True, "rope_scaling_factor": 5}
+    tied = kind.startswith("tied")
+    model = tiny_meta.llama(**changes, tie_word_embeddings=tied)
+    folder = tiny_meta.write(tmp_path, model, ranks, embedding_axis=int(tied), params=params)
+    ours = Transformer.from_pretrained(folder)
+    assert ours.config == ModelConfig.from_pretrained(folder)
+    np.testing.assert_allclose(run(ours, IDS), logits(model, IDS), rtol=0, atol=1e-4)
+
+
+def test_metas_files_of_half_precision_and_such_that_do_not_fit(tmp_path):
+    model = tiny_meta.llama()
+    folder = tiny_meta.write(tmp_path, model, 2, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    expected = logits(model, IDS)
+    np.testing.assert_allclose(run(Transformer.from_pretrained(folder), IDS), expected, rtol=0, atol=1e-4)
+    tiny_meta.write(folder, model, 2, params={"multiple_of": 96, "n_layers": 1})
+    assert error_of(folder) == (
+        f"{folder}: tensors don't fit the configuration: not expected: "
+        + ", ".join(f"layers.1.{name}.weight" for name in sorted(name for name, _ in tiny_meta.LAYER.values()))
+        + "; of another shape: layers.0.feed_forward.w1.weight (64, 32) instead of (96, 32), "
+        "layers.0.feed_forward.w2.weight (32, 64) instead of (32, 96), "
+        "layers.0.feed_forward.w3.weight (64, 32) instead of (96, 32)"
     )
 
 

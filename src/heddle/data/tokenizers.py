@@ -1,8 +1,10 @@
-"""Text to token ids and back: of a Hugging Face folder, of a GGUF file's own vocabulary, or plain bytes."""
+"""Text to token ids and back: of a Hugging Face folder, Llama 3's or a GGUF file's own vocabulary, or plain bytes."""
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+LLAMA3_SPECIAL = 256  #: tokens after Llama 3's vocabulary, most of them reserved; those that 3.1 uses:
+_LLAMA3_TOKENS = {
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
+    7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+}  # fmt: skip
 
 
 class Tokenizer:
@@ -75,7 +82,7 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """Of ``tokenizer.json`` and, where there, ``tokenizer_config.json``, ``chat_template.jinja`` and
-        ``generation_config.json``."""
+        ``generation_config.json``; without it, of Llama 3's ``tokenizer.model`` as Meta publishes it."""
         folder = Path(folder)
 
         def optional(name: str) -> dict[str, Any]:
@@ -83,6 +90,8 @@ class Tokenizer:
 
         file = folder / "tokenizer.json"
         if not file.is_file():
+            if (folder / "tokenizer.model").is_file():
+                return cls._of_llama3(folder / "tokenizer.model")
             raise FileNotFoundError(f"{file}: no such file")
         try:
             backend = tokenizers.Tokenizer.from_file(str(file))
@@ -154,6 +163,48 @@ class Tokenizer:
             stop_ids=[end for end in ends if kinds and kinds[end] == 3],
             chat_template=file.metadata.get("tokenizer.chat_template"),
             settings={"model_max_length": int(length)} if length else None,
+        )
+
+    @classmethod
+    def _of_llama3(cls, file: Path) -> Tokenizer:
+        """Of a vocabulary as tiktoken has it, a token and its rank a line; Llama 3's special tokens follow it."""
+        lines = file.read_bytes().splitlines()
+        if not lines or not all(re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+", line) for line in lines):
+            raise ValueError(
+                f"{file}: must be Llama 3's vocabulary; of a SentencePiece model, put the tokenizer.json of its "
+                "Hugging Face folder beside it"
+            )
+        letters = {byte: letter for letter, byte in _byte_of_letter().items()}
+        vocabulary = {}
+        for line in lines:
+            token, rank = line.split()
+            vocabulary["".join(letters[byte] for byte in base64.b64decode(token))] = int(rank)
+        # What tiktoken merges first is the pair that makes the token of the lowest rank, however it splits.
+        merges = [
+            (rank, vocabulary[token[:cut]], vocabulary[token[cut:]], (token[:cut], token[cut:]))
+            for token, rank in vocabulary.items()
+            for cut in range(1, len(token))
+            if token[:cut] in vocabulary and token[cut:] in vocabulary
+        ]
+        backend = tokenizers.Tokenizer(
+            models.BPE(vocab=vocabulary, merges=[pair for *_, pair in sorted(merges)], ignore_merges=True)
+        )
+        backend.pre_tokenizer = _PRE_TOKENIZERS["llama-bpe"]()
+        backend.decoder = decoders.ByteLevel()
+        reserved = (f"<|reserved_special_token_{i}|>" for i in range(LLAMA3_SPECIAL))
+        special = [_LLAMA3_TOKENS.get(i) or next(reserved) for i in range(LLAMA3_SPECIAL)]
+        backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+        bos, eos = special[:2]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+        ends = [backend.token_to_id(token) for token in ("<|eom_id|>", "<|eot_id|>")]
+        template = file.with_name("chat_template.jinja")
+        return cls(
+            backend,
+            {"bos": bos, "eos": eos},
+            stop_ids=ends,
+            chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
         )
 
     @classmethod

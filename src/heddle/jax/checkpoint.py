@@ -1,4 +1,4 @@
-"""Models from Hugging Face folders and GGUF files, and into Hugging Face folders."""
+"""Models from Hugging Face folders, Meta's and GGUF files, and into Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from heddle.data.gguf import GGUF, ROPE_FACTORS
 from heddle.data.locate import locate, read_json
+from heddle.data.meta import NAMES as META_NAMES
+from heddle.data.meta import Meta
 
 from .longnet import MODEL_TYPE, LongNetConfig, LongNetLM
 from .model import LanguageModel, Transformer
@@ -84,6 +86,9 @@ LONGNET_NAMES = (
     ("norm.bias", "model.norm.bias"),
 )  # fmt: skip
 _THEIRS = {ours: {"hugging face": hugging_face, "gguf": gguf} for ours, hugging_face, gguf in NAMES}
+for _names in _THEIRS.values():
+    if (_meta := META_NAMES.get(_names["hugging face"])) is not None:
+        _names["meta"] = _meta
 _THEIRS |= {ours: {"hugging face": hugging_face} for ours, hugging_face in (*PARSCALE_NAMES, *LONGNET_NAMES)}
 #: What older checkpoints hold and nobody reads: the rotary embedding's frequencies.
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -160,6 +165,9 @@ def load(
     if path.suffix == ".gguf":
         source = GGUF.open(path)
         stored_config, convention, stored = ModelConfig.from_dict(source.config()), "gguf", "float32"
+    elif Meta.is_at(path):
+        source = Meta(path)
+        stored_config, convention, stored = ModelConfig.from_dict(source.config()), "meta", source.dtype
     elif path.is_dir():
         if kind is None and read_json(path / "config.json").get("model_type") == MODEL_TYPE:
             kind = LongNetLM
@@ -167,7 +175,7 @@ def load(
         source, convention = Safetensors(path), "hugging face"
         stored = _FLOATS[max(source.dtypes.values(), key=list(source.dtypes.values()).count)]
     else:
-        raise ValueError(f"{path}: must be a folder with a config.json and safetensors, or a .gguf file")
+        raise ValueError(f"{path}: must be a folder with a config.json and safetensors, or Meta's, or a .gguf file")
     config: Any = stored_config
     if parscale:
         if isinstance(config, LongNetConfig):
@@ -336,13 +344,14 @@ def hugging_face_name(ours: str, config: Any) -> str:
 def _read(source: Source, ours: str, config: Any, convention: str) -> np.ndarray:
     theirs, transposed = _theirs(ours, config, convention)
     tensor = source.tensor(theirs)
-    if convention == "gguf" and config.model_type in ("llama", "mistral") and re.search(r"attention\.[qk]\.", ours):
+    apart = convention == "meta" or (convention == "gguf" and config.model_type in ("llama", "mistral"))
+    if apart and re.search(r"attention\.[qk]\.", ours):
         tensor = _half_split(tensor, config.dim)
     return tensor.T if transposed else tensor
 
 
 def _half_split(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k, whose rotated pairs GGUF stores next to each other for Llama, as the halves of each head."""
+    """Rows of q or k, whose rotated pairs lie next to each other in Meta's files and GGUF's, as halves of each head."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 

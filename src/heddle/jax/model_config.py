@@ -338,15 +338,18 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, name: str | Path | None = None) -> ModelConfig:
-        """Of a folder, a GGUF file or a name on the hub; None: of the embedded model.
+        """Of a folder (Hugging Face's or Meta's), a GGUF file or a name on the hub; None: of the embedded model.
 
         Raises:
             FileNotFoundError, ValueError: as :func:`heddle.data.locate.locate` and :meth:`from_json_file`.
         """
         from heddle.data.gguf import GGUF
+        from heddle.data.meta import Meta
 
         path = locate(name, weights=False)
-        return cls.from_dict(GGUF.open(path).config()) if path.suffix == ".gguf" else cls.from_json_file(path)
+        if path.suffix == ".gguf":
+            return cls.from_dict(GGUF.open(path).config())
+        return cls.from_dict(Meta(path).config()) if Meta.is_at(path) else cls.from_json_file(path)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a ``config.json`` that transformers 5 loads as the same model."""

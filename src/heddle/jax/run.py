@@ -144,7 +144,7 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
     }  # fmt: skip
     if training.base_model is not None:
         path = locate(place(training.base_model))
-        there = ModelConfig.from_json_file(path) if path.is_dir() else None
+        there = ModelConfig.from_pretrained(path) if path.is_dir() else None
         if there is not None and there.model_type == PARSCALE and there.parscale_n != config.parscale.parscale_n:
             raise ValueError(
                 f"parscale.parscale_n must be that of the ParScale model {training.base_model}, "
