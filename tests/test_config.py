@@ -171,8 +171,11 @@ ERRORS = {
     "model.dilation_rates=[1]": "model.dilation_rates goes with model.attention=dilated, but model.attention is dense",
     "model.attention=dilated model.segment_lengths=[4] model.dilation_rates=[1,2]": "model."
     "segment_lengths and model.dilation_rates must be positive integers, equally many, got [4] and [1, 2]",
+    "mesh.context=0": "mesh.context must be at least 1, or -1 for what is left, got 0",
+    "mesh.fsdp=-1 mesh.data=-1": "one axis of the mesh may be -1, got mesh.data and mesh.fsdp",
     # What one wing alone has.
     "framework=tensorflow": "framework must be one of jax, torch; got 'tensorflow'",
+    "framework=torch mesh.fsdp=2": "mesh.fsdp=2 is for framework=jax, but framework is torch",
     "framework=torch training.ema_decay=0.9": "training.ema_decay=0.9 is for framework=jax, but framework is torch",
     "framework=torch training.optimizer=lion": "training.optimizer=lion is for framework=jax, but framework is torch",
     # ParScale.
