@@ -134,6 +134,26 @@ def test_reference_implementation(method):
     compare(got, oracle(case, arrays))
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_keys_in_an_order_of_their_own(rows):
+    """As tokens dealt to balance the queries leave them: each row its own order, or one for all."""
+    case, mesh = CASES[4][0], mesh_of(4)
+    mask, arrays = case.mask().on(jnp.zeros(())), case.arrays()
+    order = np.asarray(balance.snake(mask, 4, 4))[:rows]
+    dealt = {name: np.stack([x[b, order[b % rows]] for b in range(4)]) for name, x in arrays.items()}
+    start, stop = (np.stack([np.asarray(x)[b, order[b % rows]] for b in range(4)]) for x in (mask.start, mask.stop))
+
+    @jit
+    def run(arrays, mask, order):
+        forward = partial(
+            context_attend, mask=mask, axis="context", mesh=mesh, kv_order=order, scale=case.scale, return_lse=True
+        )
+        return values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays)
+
+    got, want = run(dealt, Mask(jnp.asarray(start), jnp.asarray(stop)), jnp.asarray(order)), oracle(case, arrays)
+    compare(got, {name: np.stack([x[b, order[b % rows]] for b in range(4)]) for name, x in want.items()})
+
+
 # ---------------------------------------------------------------- beside other axes of the mesh
 
 MANY = Case("rows", SEQ, SEQ, lambda: Mask.documents(ROWS), batch=4, heads=4, kv_heads=2)
@@ -410,6 +430,9 @@ def zeros(length: int, batch: int = 1, heads: int = 4) -> jax.Array:
          "key's length must be a multiple of the 4 devices of 'context', got 30; pad the sequence"),
         (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", "rings", mesh=mesh_of(4)),
          "method must be 'all_gather' or 'ring', got 'rings'"),
+        (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context", "ring", mesh=mesh_of(4),
+                                kv_order=jnp.arange(8)[None]),
+         "method must be 'all_gather' where kv_order is given, got 'ring'"),
         (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "contxt", mesh=mesh_of(4)),
          "axis must be one of the mesh's 'context', got 'contxt'"),
         (lambda: context_attend(zeros(8), zeros(8), zeros(8), None, "context"), "mesh must be given"),
