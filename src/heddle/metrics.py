@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Record = dict[str, Any]  #: "step" and what was measured at it
 
+_HELD_OUT = {"eval_loss": "", "eval_reward": "reward "}  #: what was measured on held-out data, and how it is shown
 PROJECT = "heddle"  #: what trackers file runs under
 NO_TRACKER = "none"
 
@@ -144,8 +145,8 @@ class _TensorBoard:
         self._writer = EventFileWriter(str(folder))
 
     def write(self, record: Record) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
+        from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in _numbers(record).items()]
         self._writer.add_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
@@ -199,11 +200,13 @@ class ProgressBar:
         if not self._begun:  # a resumed run's first step isn't the first: don't estimate its speed from nothing
             self._begun = True
             self._bar.reset(self._task, completed=step - 1)
-        if "eval_loss" in record:
-            self._evaluation = f"held-out {record['eval_loss']:.4f}"
+        held_out = next((name for name in _HELD_OUT if name in record), None)
+        if held_out is not None:
+            self._evaluation = f"held-out {_HELD_OUT[held_out]}{record[held_out]:.4f}"
             self._step(step, self._evaluation, plain)
         else:
-            self._training = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+            reward = f"reward {record['reward']:.3f}  " if "reward" in record else ""
+            self._training = f"{reward}loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
             if "mfu" in record:
                 self._training += f"  MFU {record['mfu']:.1%}"
             if record.get("skipped"):

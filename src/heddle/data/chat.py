@@ -112,6 +112,7 @@ def _render(template: str, messages: Sequence[Message], names: Mapping[str, str]
 def _compiled(template: str, marked: bool) -> Any:
     """By Jinja as transformers sets it up for chat templates: sandboxed, since templates come with models."""
     import jinja2
+    from jinja2 import nodes
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -122,9 +123,9 @@ def _compiled(template: str, marked: bool) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             if marked:
-                begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)]) for mark in (_BEGIN, _END))
+                begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (_BEGIN, _END))
                 body = [begin, *body, end]
-            return jinja2.nodes.Scope(body, lineno=line)
+            return nodes.Scope(body, lineno=line)
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)

@@ -118,7 +118,12 @@ class TakeExample:
             completion = [{"role": ASSISTANT, "content": completion}]
         if not template:
             raise ValueError("messages need a tokenizer with a chat template, this one has none")
-        names, messages = tokenizer.template_names, [*prompt, *completion]
+        return self._encode_chat(template, list(prompt), list(completion))  # type: ignore[arg-type]
+
+    def _encode_chat(
+        self, template: str, prompt: list[Message], completion: list[Message]
+    ) -> tuple[list[int], list[bool]]:
+        names, messages = self.tokenizer.template_names, [*prompt, *completion]
         spans: list[Span]
         if self.loss_on == "assistant":
             text, spans = assistant_spans(template, messages, names)
@@ -126,7 +131,7 @@ class TakeExample:
             text = render(template, messages, names)
             begin = 0 if self.loss_on == "all" else len(opening(template, prompt, text, names))
             spans = [(begin, len(text))]
-        return tokenizer.encode_spans(text, spans)
+        return self.tokenizer.encode_spans(text, spans)
 
 
 def read_example(record: Any) -> Example:

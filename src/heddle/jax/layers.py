@@ -37,7 +37,7 @@ class Linear(nnx.Module):
     def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float, rngs: nnx.Rngs, dtype):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
-        self.adapter = nnx.data(None)
+        self.adapter: LowRank | None = nnx.data(None)
 
     def __call__(self, x):
         out = x @ self.weight.astype(x.dtype)

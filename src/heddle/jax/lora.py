@@ -65,9 +65,8 @@ def add_adapters(
     if any(layers[name] is model.head for name in chosen) and model.config.tie_word_embeddings:
         raise ValueError("targets must leave out the head of a model whose head is its embedding")
     for name in chosen:
-        weight = layers[name].weight
-        adapter = LowRank(*weight.shape, rank, alpha / rank, rngs=rngs, dtype=jnp.float32)
-        layers[name].adapter = adapter
+        inputs, outputs = layers[name].weight.shape
+        layers[name].adapter = LowRank(inputs, outputs, rank, alpha / rank, rngs=rngs, dtype=jnp.float32)
     return chosen
 
 
@@ -141,7 +140,8 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> list[str]:
         if name not in layers or (a.shape[0], b.shape[1]) != layers[name].weight.shape:
             shape = f"{a.shape[0]} to {b.shape[1]}"
             raise ValueError(f"{folder}: is an adapter of another model: this one has no layer {name} from {shape}")
-        adapter = LowRank(*layers[name].weight.shape, a.shape[1], scale, rngs=nnx.Rngs(0), dtype=jnp.float32)
+        (inputs, rank), (_, outputs) = a.shape, b.shape
+        adapter = LowRank(inputs, outputs, rank, scale, rngs=nnx.Rngs(0), dtype=jnp.float32)
         adapter.a[...], adapter.b[...] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
         layers[name].adapter = adapter
     return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,6 +50,7 @@ class TrainState:
         rng: the data of the run's random key; each step's key is folded from it.
         nonfinite: int32, how many of the last steps in a row were skipped.
         average: the trained parameters' exponential moving average; None: none is kept.
+        reference: trained parameters that an objective holds the model's against; None: there are none.
         data: where the next batch begins (:meth:`heddle.data.packing.Packer.state`); None inside the compiled step.
     """
 
@@ -59,6 +60,7 @@ class TrainState:
     rng: UInt32[Array, ...]
     nonfinite: Int[Array, ""]
     average: Variables | None = None
+    reference: Variables | None = None
     data: Any = None
 
 
@@ -89,6 +91,8 @@ class Trainer:
         ValueError: ``data`` whose batches aren't of ``options.batch_size`` rows; a part of a batch, or rows, that the
             devices can't share equally.
     """
+
+    prepares_ahead = True  #: whether a batch can be made before the step before it is done
 
     def __init__(
         self,
@@ -133,7 +137,7 @@ class Trainer:
         return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), self._mesh))(params)
 
     def _placed(self, batch: Batch, *axes: str | None) -> Batch:
-        return Batch(*(to_mesh(np.asarray(field), self._mesh, *axes) for field in batch))
+        return jax.tree.map(lambda field: to_mesh(np.asarray(field), self._mesh, *axes), batch)
 
     def fit(self, report: Callable[[Record], None] = lambda record: None) -> TrainState:
         """Train up to ``options.max_steps``, from the latest checkpoint in the run's folder if there is one.
@@ -180,12 +184,22 @@ class Trainer:
         return record
 
     def averaged(self) -> Any:
-        """The model with the average of its weights, where ``options.ema_decay`` keeps one."""
+        """The model with the average of its weights.
+
+        Raises:
+            ValueError: no ``options.ema_decay``, so that none is kept.
+        """
+        if self.state.average is None:
+            raise ValueError("training.ema_decay must be given for an average of the weights to be kept, got None")
         return nnx.merge(self._graph, jax.tree.map(lambda x: x, self._averaged()))  # its own variables
 
     def _averaged(self) -> Variables:
         others = nnx.split_state(self.state.model, self._trainable, ...)[1]
-        return nnx.merge_state(self.state.average, others)
+        return nnx.merge_state(self.state.average or {}, others)
+
+    def _batches(self) -> Generator[tuple[Any, Any]]:
+        """What to train on from here on, and after each batch where the data stand."""
+        return ahead(lambda: _with_state(self._data), depth=2)
 
     def _run(self, checkpoints, metrics: MetricsFile | None, report: Callable[[Record], None], stop: Stop) -> None:
         options, done, compiled = self.options, int(self.state.step), None
@@ -201,7 +215,7 @@ class Trainer:
                 metrics.sync()
             self._save(checkpoints, evaluated)
 
-        with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
+        with closing(self._batches()) as batches:
             since, running = 0.0, None  # the step that the device works at while the host prepares the next
             for step, (batch, after) in zip(range(done + 1, options.max_steps + 1), batches, strict=False):
                 parts = jax.tree.map(lambda x: x.reshape(options.accumulation, -1, *x.shape[1:]), batch)
@@ -215,13 +229,16 @@ class Trainer:
                 if running is not None:
                     since = self._finish(*running, since, write)
                 running = step, batch, measured
+                if not self.prepares_ahead:
+                    since, running = self._finish(*running, since, write), None
 
                 stopped, ended = _agreed(stop.signal), step == options.max_steps
                 evaluates = len(self._evaluation) and due(step, options.eval_every, ended)
                 saves = ended or stopped is not None or due(step, options.checkpoint_every)
                 if evaluates or saves:
-                    self._finish(*running, since, write)
-                    running = None
+                    if running is not None:
+                        self._finish(*running, since, write)
+                        running = None
                     evaluated = self.evaluate() if evaluates else {}
                     if evaluates:
                         write({"step": step, **evaluated})
@@ -306,8 +323,9 @@ class Trainer:
             lambda new, old: jnp.where(finite, new, old), (updated, optimizer), (params, state.optimizer)
         )
         nonfinite, average = jnp.where(finite, 0, state.nonfinite + 1), state.average
-        if average is not None:
-            keep = _kept(self.options.ema_decay, state.step)
+        if average is not None and (decay := self.options.ema_decay) is not None:
+            # Less at first, so that the start is soon forgotten.
+            keep = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
             average = jax.tree.map(lambda a, p: jnp.where(finite, keep * a + (1 - keep) * p, a), average, params)
         state = replace(
             state, step=state.step + 1, model=nnx.merge_state(params, others), optimizer=optimizer,
@@ -378,13 +396,9 @@ def _means(sums: tuple[Array, tuple[Array, dict[str, Array]]]) -> dict[str, Arra
 
 
 def _held_out(measured: Record) -> float:
-    """A checkpoint's rank."""
-    return measured["eval_loss"] if math.isfinite(measured["eval_loss"]) else math.inf
-
-
-def _kept(decay: float | None, step: Array) -> Array:
-    """How much of an average a step keeps: at first less than ``decay``, so that the start is soon forgotten."""
-    return jnp.minimum(decay, (1 + step) / (10 + step))
+    """A checkpoint's rank: the lower the better."""
+    rank = measured["eval_loss"] if "eval_loss" in measured else -measured["eval_reward"]
+    return rank if math.isfinite(rank) else math.inf
 
 
 def _master(x: Array) -> Array:
