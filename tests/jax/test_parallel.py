@@ -214,10 +214,10 @@ def loss_and_gradients(model, batch):
         ("llama", "fsdp, tensor"),
         ("tied, biases", "context, tensor"),
         ("window", "context"),
-        ("dilated", "context, tensor"),
+        pytest.param("dilated", "context, tensor", marks=pytest.mark.slow),
         ("longnet", "context, tensor"),
         ("joint", "context, tensor"),
-        ("sublayer", "fsdp, tensor"),
+        pytest.param("sublayer", "fsdp, tensor", marks=pytest.mark.slow),
     ],
 )
 def test_loss_and_gradients_are_one_devices(kind, mesh):
@@ -328,7 +328,7 @@ def test_from_a_base_model_and_back(tmp_path):
 # ---------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("kind", ["tied, biases", "dilated", "joint"])
+@pytest.mark.parametrize("kind", ["tied, biases", pytest.param("dilated", marks=pytest.mark.slow), "joint"])
 def test_generation_is_one_devices(kind):
     mesh, tokenizer = make_mesh(data=2, fsdp=2, tensor=2), Tokenizer.bytes()
     made = replace(CONFIGS[kind](), vocab_size=264)
