@@ -158,11 +158,68 @@ def test_a_step_writes_into_the_pool_and_never_copies_it(model):
     assert [array.unsafe_buffer_pointer() for array in jax.tree.leaves(device._pool)] == where
     ids, at = device._nowhere(2, 1, 3)
     mixed = paged.Mixed.of([usual()] * 2)
-    arguments = [device._structure, 16, device._leaves, device._pool, ids, at, mixed]
+    arguments = [device._structure, device._leaves, device._pool, ids, at, mixed]
     numbers = np.zeros(2, np.uint32)
     text = paged._decode.lower(*arguments, numbers, numbers, None, np.bool_(False)).compile().as_text()
     size = ",".join(map(str, device._pool.keys[0].shape))
     assert not [line for line in text.splitlines() if " copy(" in line and f"[{size}]" in line]
+
+
+# ---------------------------------------------------------------------- int8
+
+
+def test_int8_answers_are_those_of_an_int8_cache(model, monkeypatch):
+    """Of prompts that are shared and blocks that are copied too: their scales go with them."""
+    engine = small(model, cache_dtype="int8")
+    requests = [Request(prompt, 20, n=1 + index % 2, logprobs=2, **FREE) for index, prompt in enumerate(PROMPTS)]
+    answers, again = engine.run(requests), engine.run(requests)
+    assert engine.counters.reused_tokens
+    exact = small(model)
+    assert exact.run(requests) != answers
+    tokens_of_one, heads, dim = 24 * 16 * 2, 2, 8  # keys and values, both layers
+    assert engine._device.nbytes == 2 * tokens_of_one * heads * (dim + 4)
+    assert exact._device.nbytes == 2 * tokens_of_one * heads * dim * 4
+
+    empty = Transformer.empty_cache
+    monkeypatch.setattr(Transformer, "empty_cache", lambda self, batch, room: empty(self, batch, room, "int8"))
+    for request, found, later in zip(requests, answers, again, strict=True):
+        expected = alone(model, request.prompt, logprobs=2)
+        for completion in (*found, *later):
+            assert completion.tokens == expected.tokens
+            for ours, theirs in zip(completion.logprobs, expected.logprobs, strict=True):
+                assert ours.chosen == pytest.approx(theirs.chosen, abs=1e-4)
+
+
+def test_int8_is_as_near_as_rounding_allows():
+    """A key and a value are off by 1/254 of their head's largest number at most; what follows for a log-probability.
+
+    Of one layer without a feed-forward part, so that nothing but attention's output differs: with scores off by E,
+    weights are by a factor of exp(2E) at most, and a normalised sum moves no more than 2 |delta| / |x|.
+    """
+    config = ModelConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.1,
+    )  # fmt: skip
+    model, prompt = Transformer(config, rngs=nnx.Rngs(0)), PROMPTS[1]
+    layer = model.layers[0]
+    layer.ffn.down.weight[...] = jnp.zeros_like(layer.ffn.down.weight[...])
+    x, _, step, _ = model.prepare(jnp.asarray([prompt]))
+    q, k, v = (np.asarray(part, np.float64)[0] for part in layer.attention.heads(layer.attention_norm(x), step))
+    off = np.abs(q[-1].reshape(2, 2, 8)).sum(-1) * 8**-0.5 * np.abs(k).max(axis=(0, 2))[:, None] / 254
+    largest = np.abs(v).max(axis=0)[:, None]  # (kv_heads, 1, dim): query heads 2g and 2g + 1 share key head g
+    moved = largest.max(-1, keepdims=True) / 254 + np.expm1(2 * off)[..., None] * largest
+    product, head = (np.asarray(part.weight, np.float64) for part in (layer.attention.o, model.head))
+    delta = np.linalg.norm(product, 2) * np.linalg.norm(np.broadcast_to(moved, (2, 2, 8)))
+    after = np.asarray(layer(x, model.prepare(jnp.asarray([prompt]))[1][None], step, None, 0)[0])[0, -1]
+    bound = 2 * np.linalg.norm(head, axis=0).max() * 32**0.5 * 2 * delta / np.linalg.norm(after)
+
+    request = Request(prompt, 1, logprobs=20, **FREE)
+    [[exact]], [[found]] = (small(model, cache_dtype=dtype).run([request]) for dtype in ("float32", "int8"))
+    exact, found = (dict(answer.logprobs[0].top) for answer in (exact, found))
+    errors = [abs(found[token] - exact[token]) for token in exact.keys() & found.keys()]
+    assert len(errors) > 10
+    assert 0 < max(errors) <= bound
+    assert bound < 0.5 * (max(exact.values()) - min(exact.values()))  # so it says something
 
 
 # ---------------------------------------------------------------------- coming and going
@@ -375,6 +432,7 @@ def test_a_request_that_cannot_be_is_refused_at_once(model, request_, message):
         ({"prefill_chunk": 0}, "prefill_chunk must be at least 1, got 0"),
         ({"max_queue": 0}, "max_queue must be at least 1, got 0"),
         ({"blocks": 0}, "count must be at least 1, got 0"),
+        ({"cache_dtype": "int4"}, "cache_dtype must be one of float32, bfloat16, float16 or int8, got int4"),
     ],
 )
 def test_wrong_sizes_are_named(model, options, message):

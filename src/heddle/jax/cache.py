@@ -195,9 +195,7 @@ class KVCache(Cache):
         check_sizes(batch, max_len)
         if config.attention is not None:
             raise ValueError("config must be of plain attention, got a dilated one: model.empty_cache makes its cache")
-        dtype = jnp.dtype(dtype)
-        if dtype.name not in (*DTYPES, "int8"):
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)} or int8, got {dtype}")
+        dtype = cache_dtype("dtype", dtype)
         rows, windows = config.parscale_n * batch, config.windows
         blocks = [_blocks(_slots(window, max_len)) for window in windows]
         heads = rows, config.kv_heads
@@ -248,7 +246,7 @@ class KVCache(Cache):
     ) -> tuple[tuple[Float[Array, "rows seq heads dim"], Float[Array, "rows seq heads"]], KVCache]:
         """See :meth:`Cache.attend`."""
         slots, mask, order = step[layer]
-        key, value = (_stored(x, self.keys[layer].dtype) for x in (key, value))
+        key, value = (quantised(x, self.keys[layer].dtype) for x in (key, value))
         cache = self._written(layer, key, value, slots)
         if order is None:
             keys, values = cache._read(layer)
@@ -259,7 +257,7 @@ class KVCache(Cache):
                 tuple(None if x is None else jnp.concatenate([x, y], axis=1) for x, y in zip(*both, strict=True))
                 for both in zip(old, (key, value), strict=True)
             )
-        keys, values = (_restored(*pair, query.dtype) for pair in (keys, values))
+        keys, values = (dequantised(*pair, query.dtype) for pair in (keys, values))
         return attend(query, keys, values, mask, return_lse=True), cache
 
     def _of(self, layer: int):
@@ -304,6 +302,18 @@ class KVCache(Cache):
         return replace(self, lengths=jnp.asarray(lengths, jnp.int32))
 
 
+def cache_dtype(name: str, dtype: Any) -> jnp.dtype:
+    """What a cache may keep keys and values in.
+
+    Raises:
+        ValueError: another dtype, called ``name``.
+    """
+    for allowed in (*DTYPES, "int8"):
+        if dtype == allowed or dtype == jnp.dtype(allowed):
+            return jnp.dtype(allowed)
+    raise ValueError(f"{name} must be one of {', '.join(DTYPES)} or int8, got {getattr(dtype, '__name__', dtype)}")
+
+
 def _slots(window: int | None, max_len: int) -> int:
     return max_len if window is None else min(window, max_len)
 
@@ -312,8 +322,8 @@ def _blocks(slots: int) -> int:
     return -(-slots // BLOCK)
 
 
-def _stored(x: Float[Array, "*shape dim"], dtype: Any) -> tuple[Array, Array | None]:
-    """As it is kept: of int8, with the scales."""
+def quantised(x: Float[Array, "*shape dim"], dtype: Any) -> tuple[Array, Array | None]:
+    """As it is kept: of int8, with the scales, for each vector its largest magnitude / 127."""
     if dtype != jnp.int8:
         return x.astype(dtype), None
     x = x.astype(jnp.float32)
@@ -321,7 +331,7 @@ def _stored(x: Float[Array, "*shape dim"], dtype: Any) -> tuple[Array, Array | N
     return jnp.round(x / jnp.where(scale == 0, 1, scale)[..., None]).astype(jnp.int8), scale
 
 
-def _restored(x: Num[Array, "*shape dim"], scale: Float[Array, "*shape"] | None, dtype: Any) -> Array:
+def dequantised(x: Num[Array, "*shape dim"], scale: Float[Array, "*shape"] | None, dtype: Any) -> Array:
     return x.astype(dtype) if scale is None else (x.astype(jnp.float32) * scale[..., None]).astype(dtype)
 
 

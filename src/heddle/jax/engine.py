@@ -15,7 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from heddle.data.tokenizers import Tokenizer
 
@@ -171,6 +171,8 @@ class Engine:
         prefill_chunk: tokens of prompts read between two steps, at most. More: long prompts begin sooner; fewer: the
             other sequences' tokens come more evenly.
         max_queue: requests that wait, at most.
+        cache_dtype: what keys and values are kept in: float32, bfloat16, float16 or int8, as of
+            :meth:`heddle.jax.KVCache.empty`; None: the model's.
 
     Raises:
         ValueError: an argument out of range, or a model that can't be served.
@@ -186,6 +188,7 @@ class Engine:
         block_size: int = 32,
         prefill_chunk: int = 512,
         max_queue: int = 256,
+        cache_dtype: Any = None,
     ):
         _check_model(model, tokenizer)
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("max_queue", max_queue)):
@@ -198,7 +201,7 @@ class Engine:
         self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
         self.room = min(context, count * block_size)  #: tokens of one sequence, at most
         self.counters = Counters()
-        self._sizes = (count, block_size, max_batch, prefill_chunk)
+        self._sizes, self._cache_dtype = (count, block_size, max_batch, prefill_chunk), cache_dtype
         self._preemptions = 0
         self._reset()
         self._condition = threading.Condition()
@@ -214,7 +217,7 @@ class Engine:
             self._preemptions = self.preemptions
             del self._device  # before there is another: a pool may take most of the memory
         self.scheduler = Scheduler(Blocks(blocks, block_size), max_batch, prefill_chunk)
-        self._device = Device(self.model, blocks, block_size)
+        self._device = Device(self.model, blocks, block_size, self._cache_dtype)
 
     # ------------------------------------------------------------------ requests
 

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 
 from heddle.attention import PADDING_SEGMENT_ID, attend
 from heddle.attention.arrays import Array
 from heddle.attention.mask import Mask
 from heddle.attention.replicas import replicate
 
-from .cache import Cache
+from .cache import Cache, cache_dtype, dequantised, quantised
 from .model import Transformer
 from .model_config import ModelConfig
 from .sampling import Logprobs, Mixed, logprobs
@@ -44,51 +44,55 @@ class PagedCache(Cache):
 
     Args:
         lengths, starts, max_len, layers: as of :class:`Cache`; zeros where ``places`` say where tokens stand.
-        keys: of each layer ``(replicas * slots, kv_heads, dim)``, rotated.
-        values: as keys.
+        keys: of each layer ``(replicas * blocks, kv_heads, dim, size)``, rotated: a block's keys are columns, as
+            :mod:`heddle.jax.xla` reads those of few queries fastest.
+        values: of each layer ``(replicas * blocks, kv_heads, size, dim)``.
+        key_scales, value_scales: where those are int8, ``(replicas * blocks, kv_heads, size)`` of each layer, as of
+            :class:`~heddle.jax.cache.KVCache`.
         table: integers ``(batch, n)``: the blocks whose keys each row's queries see, in order.
-        slots: integers ``(batch, seq)``: where in a pool each token is written.
+        slots: integers ``(batch, seq)``: where in a pool each token is written, slot ``s`` in block ``s // size``.
         base: integers ``(batch, seq)``: where the token's sequence begins among the keys that the row gathers.
         place: integers ``(batch, seq)``: the token's place in its sequence; -1: padding, which is written nowhere.
-        size: tokens in a block.
         windows: of each layer; None: it sees all.
     """
 
     rows_axis = None  # of the pool: any sequence may hold any slot
 
-    keys: tuple[Float[Array, "_ kv_heads dim"], ...]
-    values: tuple[Float[Array, "_ kv_heads dim"], ...]
+    keys: tuple[Num[Array, "_ kv_heads dim size"], ...]
+    values: tuple[Num[Array, "_ kv_heads size dim"], ...]
+    key_scales: tuple[Float[Array, "_ kv_heads size"], ...] | None
+    value_scales: tuple[Float[Array, "_ kv_heads size"], ...] | None
     table: Int[Array, "batch n"]
     slots: Int[Array, "batch seq"]
     base: Int[Array, "batch seq"]
     place: Int[Array, "batch seq"]
-    size: int = field(metadata={"static": True})
     windows: tuple[int | None, ...] = field(metadata={"static": True})
 
     @classmethod
-    def of(cls, config: ModelConfig, pool: Pool, at: Where, size: int) -> PagedCache:
+    def of(cls, config: ModelConfig, pool: Pool, at: Where) -> PagedCache:
         """For one step of the model over ``pool``."""
         batch = at.table.shape[0]
         return cls(
-            **pool._asdict(), **at._asdict(), size=size, windows=config.windows, layers=config.num_hidden_layers,
-            max_len=at.table.shape[1] * size, lengths=jnp.zeros(batch, jnp.int32),
+            **pool._asdict(), **at._asdict(), windows=config.windows, layers=config.num_hidden_layers,
+            max_len=at.table.shape[1] * pool.size, lengths=jnp.zeros(batch, jnp.int32),
             starts=jnp.zeros(config.parscale_n * batch, jnp.int32) if config.parscale_n > 1 else None,
         )  # fmt: skip
 
     @property
     def pool(self) -> Pool:
-        return Pool(self.keys, self.values)
+        return Pool(self.keys, self.values, self.key_scales, self.value_scales)
 
     def step(self, real: Bool[Array, "batch seq"]) -> _Step:
         """See :meth:`Cache.step`."""
-        replicas, slots = self.replicas, self.keys[0].shape[0] // self.replicas
+        replicas, size = self.replicas, self.pool.size
+        blocks = self.keys[0].shape[0] // replicas
         stop = jnp.where(real, self.base + self.place + 1, 0)
         masks = {}
         for window in set(self.windows):
             start = self.base if window is None else jnp.maximum(self.base, stop - window)
             masks[window] = Mask(*(_repeated(x, replicas) for x in (jnp.minimum(start, stop), stop)))
-        each = jnp.where(real, self.slots + _offsets(replicas, slots), replicas * slots)
-        table = self.table + _offsets(replicas, slots // self.size)
+        each = jnp.where(real, self.slots + _offsets(replicas, blocks * size), replicas * blocks * size)
+        table = self.table + _offsets(replicas, blocks)
         return _Step(each.reshape(-1, real.shape[1]), table.reshape(-1, self.table.shape[1]), masks)
 
     def attend(
@@ -101,17 +105,29 @@ class PagedCache(Cache):
     ) -> tuple[tuple[Float[Array, "rows seq heads dim"], Float[Array, "rows seq heads"]], PagedCache]:
         """See :meth:`Cache.attend`."""
 
-        def put(pools, new):
-            pool = pools[layer].at[step.slots].set(new.astype(pools[layer].dtype), mode="drop")
-            return (*pools[:layer], pool, *pools[layer + 1 :])
+        def put(pools, new, where):
+            if pools is None:
+                return None
+            return (*pools[:layer], pools[layer].at[where].set(new, mode="drop"), *pools[layer + 1 :])
 
-        cache = replace(self, keys=put(self.keys, key), values=put(self.values, value))
-        keys, values = (cache._gather(pools[layer], step.table).astype(query.dtype) for pools in cache.pool)
+        def seen(pools, scales, size_axis):  # (rows, tokens, kv_heads, dim)
+            found = jnp.moveaxis(gathered(pools[layer]), size_axis, 3)
+            scale = None if scales is None else _joined(gathered(scales[layer]))
+            return dequantised(_joined(found), scale, query.dtype).swapaxes(1, 2)
+
+        def gathered(pool):  # (rows, kv_heads, blocks, ...): heads by themselves, over which the pool may be spread
+            return jax.vmap(lambda of_head: of_head.at[step.table].get(mode="clip"), 1, 1)(pool)
+
+        (key, key_scale), (value, value_scale) = (quantised(x, self.keys[layer].dtype) for x in (key, value))
+        block, column = step.slots // self.pool.size, step.slots % self.pool.size
+        by_slot, by_column = (block, slice(None), column), (block, slice(None), slice(None), column)
+        cache = replace(
+            self, keys=put(self.keys, key, by_column), values=put(self.values, value, by_slot),
+            key_scales=put(self.key_scales, key_scale, by_slot),
+            value_scales=put(self.value_scales, value_scale, by_slot),
+        )  # fmt: skip
+        keys, values = seen(cache.keys, cache.key_scales, 4), seen(cache.values, cache.value_scales, 3)
         return attend(query, keys, values, step.masks[self.windows[layer]], return_lse=True), cache
-
-    def _gather(self, pool: Array, table: Array) -> Array:
-        blocks = pool.reshape(-1, self.size, *pool.shape[1:])
-        return blocks.at[table].get(mode="clip").reshape(table.shape[0], -1, *pool.shape[1:])
 
     def grow(self, max_len: int) -> PagedCache:
         """Not of this cache: its tables are made anew for every step."""
@@ -122,17 +138,35 @@ class PagedCache(Cache):
         raise NotImplementedError("a paged cache holds what its table gives it")
 
 
+def _joined(x: Array) -> Array:
+    """``(rows, kv_heads, blocks, size, ...)``, the blocks one after another."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+
 class Pool(NamedTuple):
-    """Keys and values of all blocks, of each layer ``(replicas * slots, kv_heads, dim)``."""
+    """Keys and values of all blocks, as :class:`PagedCache` has them."""
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
+    key_scales: tuple[Array, ...] | None = None
+    value_scales: tuple[Array, ...] | None = None
 
     @classmethod
-    def empty(cls, config: ModelConfig, slots: int, dtype: Any) -> Pool:
-        shape, layers = (config.parscale_n * slots, config.kv_heads, config.dim), range(config.num_hidden_layers)
+    def empty(cls, config: ModelConfig, blocks: int, size: int, dtype: Any) -> Pool:
+        heads, layers = (config.parscale_n * blocks, config.kv_heads), range(config.num_hidden_layers)
         # One buffer each: they are donated, and a buffer can be donated once.
-        return cls(*(tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2)))
+        made = [
+            tuple(jnp.zeros((*heads, *shape), dtype) for _ in layers)
+            for shape in ((config.dim, size), (size, config.dim))
+        ]
+        if dtype == jnp.int8:
+            made += [tuple(jnp.zeros((*heads, size), jnp.float32) for _ in layers) for _ in range(2)]
+        return cls(*made)
+
+    @property
+    def size(self) -> int:
+        """Tokens in a block."""
+        return self.values[0].shape[2]
 
 
 class Where(NamedTuple):
@@ -165,15 +199,17 @@ class Device:
     """The pool and the model, and the steps over them.
 
     Args:
-        model: whose weights' dtype the pool takes.
+        model: to compute with.
         blocks: in the pool.
         size: tokens in a block.
+        dtype: of the pool, as of :meth:`KVCache.empty`; None: the model's.
     """
 
-    def __init__(self, model: Transformer, blocks: int, size: int):
+    def __init__(self, model: Transformer, blocks: int, size: int, dtype: Any = None):
         self._leaves, self._structure = jax.tree.flatten(model)
         self._config, self._blocks, self._size = model.config, blocks, size
-        self._pool = model.layout().zeros(lambda: Pool.empty(model.config, blocks * size, model.dtype))
+        kept = model.dtype if dtype is None else cache_dtype("cache_dtype", dtype)
+        self._pool = model.layout().zeros(lambda: Pool.empty(model.config, blocks, size, kept))
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +228,7 @@ class Device:
             at.slots[row] = np.asarray(blocks)[place // self._size] * self._size + place % self._size
             at.table[0, block : block + count] = blocks[:count]
             token, block = token + end - begin, block + count
-        self._pool = _read(self._structure, self._size, self._leaves, self._pool, ids, at)
+        self._pool = _read(self._structure, self._leaves, self._pool, ids, at)
 
     def decode(
         self,
@@ -218,7 +254,7 @@ class Device:
         if copies:
             pairs = np.full((_bucket(len(copies), 1), 2), self._blocks, np.int32)
             pairs[: len(copies)] = copies
-            self._pool = _copy(self._config.parscale_n, self._size, self._pool, pairs)
+            self._pool = _copy(self._config.parscale_n, self._pool, pairs)
         count = _bucket(len(rows), 1)
         ids, at = self._nowhere(count, 1, max(-(-len(tokens) // self._size) for tokens, _ in rows))
         for row, (tokens, blocks) in enumerate(rows):
@@ -232,7 +268,7 @@ class Device:
                 said[row] = 0 if history is None else history
         more = 0, count - len(rows)
         self._pool, chosen, told = _decode(
-            self._structure, self._size, self._leaves, self._pool, ids, at,
+            self._structure, self._leaves, self._pool, ids, at,
             jax.tree.map(lambda column: np.pad(column, more, mode="edge"), samplers),
             np.pad(np.asarray(seeds, np.uint32), more), np.pad(np.asarray(counts, np.uint32), more), said,
             np.bool_(with_logprobs),
@@ -246,19 +282,19 @@ class Device:
         return ids, Where(table, slots, base, np.full((rows, seq), -1, np.int32))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _read(structure: Any, size: int, leaves: list, pool: Pool, ids: Array, at: Where) -> Pool:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _read(structure: Any, leaves: list, pool: Pool, ids: Array, at: Where) -> Pool:
     model: Transformer = jax.tree.unflatten(structure, leaves)
-    return _hidden(model, size, pool, ids, at)[1]
+    return _hidden(model, pool, ids, at)[1]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
-    structure: Any, size: int, leaves: list, pool: Pool, ids: Array, at: Where, samplers: Mixed, seeds: Array,
+    structure: Any, leaves: list, pool: Pool, ids: Array, at: Where, samplers: Mixed, seeds: Array,
     counts: Array, history: Array | None, with_logprobs: Array,
 ) -> tuple[Pool, Array, Logprobs]:  # fmt: skip
     model: Transformer = jax.tree.unflatten(structure, leaves)
-    hidden_b1d, pool = _hidden(model, size, pool, ids, at)
+    hidden_b1d, pool = _hidden(model, pool, ids, at)
     logits = model.head(hidden_b1d[:, 0])
     keys = jax.vmap(lambda seed, count: jax.random.fold_in(jax.random.key(seed), count))(seeds, counts)
     chosen = samplers(logits, keys, history)
@@ -270,25 +306,20 @@ def _decode(
     return pool, chosen, jax.lax.cond(with_logprobs, tell, lambda: nothing)
 
 
-def _hidden(model: Transformer, size: int, pool: Pool, ids: Array, at: Where) -> tuple[Array, Pool]:
+def _hidden(model: Transformer, pool: Pool, ids: Array, at: Where) -> tuple[Array, Pool]:
     segment_ids = jnp.where(at.place < 0, PADDING_SEGMENT_ID, 0)
-    cache = PagedCache.of(model.config, pool, at, size)
+    cache = PagedCache.of(model.config, pool, at)
     hidden_btd, cache = model.hidden(ids, jnp.maximum(at.place, 0), segment_ids, cache)
     return hidden_btd, cache.pool
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _copy(replicas: int, size: int, pool: Pool, pairs: Int[Array, "n 2"]) -> Pool:
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _copy(replicas: int, pool: Pool, pairs: Int[Array, "n 2"]) -> Pool:
     """The pool with blocks ``pairs[:, 0]`` written over ``pairs[:, 1]``; past a pool's end: nowhere."""
-    count = pool.keys[0].shape[0] // replicas // size
+    count = pool.keys[0].shape[0] // replicas
     places = pairs + _offsets(replicas, count)
     old, new = jnp.where(pairs < count, places, replicas * count).reshape(-1, 2).T
-
-    def copy(array):
-        blocks = array.reshape(-1, size, *array.shape[1:])
-        return blocks.at[new].set(blocks.at[old].get(mode="clip"), mode="drop").reshape(array.shape)
-
-    return jax.tree.map(copy, pool)
+    return jax.tree.map(lambda x: x.at[new].set(x.at[old].get(mode="clip"), mode="drop"), pool)
 
 
 def _bucket(count: int, least: int) -> int:

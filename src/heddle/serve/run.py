@@ -43,7 +43,7 @@ def run(
         port: 0: any that is free.
         name: the model's name in requests; None: the last part of ``model``.
         api_keys: as :func:`heddle.serve.app.create_app` has them.
-        dtype: of weights and cache.
+        dtype: of weights, and of the cache where ``engine`` doesn't say.
         engine: arguments of :class:`heddle.jax.engine.Engine`.
         limits: what a request may ask for.
         drain: seconds that answers under way have once the server is told to stop.
