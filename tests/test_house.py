@@ -43,7 +43,7 @@ ROOMS["scaling_law"] = set()
 ROOMS["sweep_compare"] = {"plot", "scaling_law", "sweep"}
 BELOW_WINGS = set(ROOMS)
 ROOMS["torch"] = ROOMS["jax"] = BELOW_WINGS
-ROOMS["serve"] = BELOW_WINGS | {"jax"}
+ROOMS["serve"] = ROOMS["memory"] = BELOW_WINGS | {"jax"}
 ROOMS["bench"] = BELOW_WINGS | {"torch", "jax"}
 ROOMS["quickstart"] = ROOMS["bench"] | {"bench"}
 ROOMS["cli"] = set(ROOMS) | {"serve"}

@@ -1,0 +1,172 @@
+"""What ``heddle memory`` shows: a plan as a table with bars, as JSON, as a page and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from heddle import plot
+from heddle.jax.memory import Plan, Run, plan
+from heddle.jax.model_config import ModelConfig
+from heddle.jax.parallel import MESH_AXES
+
+from . import units
+
+LONGEST_BAR = 40
+
+
+def show(
+    model: str | None,
+    task: str,
+    *,
+    batch: int | None = None,
+    seq: int | None = None,
+    mesh: str = "",
+    find: str | None = None,
+    within: str | None = None,
+    as_json: bool = False,
+    out: str | None = None,
+    **options: Any,
+) -> None:
+    """Print the plan of a run; with ``find`` of the largest that fits.
+
+    Args:
+        model, task, batch, seq, mesh, find, within, out: as ``heddle memory`` has them.
+        options: what else :class:`heddle.jax.memory.Run` takes.
+
+    Raises:
+        ValueError: an option out of range, sizes that the devices can't share equally, nothing that fits.
+    """
+    config = ModelConfig.from_pretrained(model)
+    given = {"batch": batch, "seq": seq}
+    if find is not None and find not in given:
+        raise ValueError(f"--find must be batch or seq, got {find!r}")
+    if (find is None) != (within is None):
+        raise ValueError("--find and --bytes go together: name both")
+    if find is not None and given[find] is not None:
+        raise ValueError(f"--{find} must not be given where it is to be found, got {given[find]}")
+    context = config.max_position_embeddings
+    sizes = parse_mesh(mesh)
+    least = sizes.get("data", 1) * sizes.get("fsdp", 1) * options.get("accumulation", 1)
+    run = Run(
+        config, task, least if batch is None else batch, min(1024, context) if seq is None else seq, mesh=sizes,
+        **options,
+    )  # fmt: skip
+    room = None
+    if find is not None and within is not None:
+        room = units.parse("--bytes", within)
+        run = largest(run, find, room)
+    found = plan(run)
+    name = Path(model).stem if model else "SmolLM2-135M-Instruct"
+    files = write(found, name, out) if out else []
+    if as_json:
+        print(json.dumps(figures(found, name) | {"files": [str(file) for file in files]}))
+        return
+    _print(found, name, find, room)
+    for file in files:
+        print(f"wrote {file}")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``data=2,fsdp=4`` as sizes by axis.
+
+    Raises:
+        ValueError: an axis that there isn't or that comes twice, a size that isn't a positive integer.
+    """
+    mesh: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES:
+            raise ValueError(f"--mesh must name axes among {', '.join(MESH_AXES)}, got {axis!r}")
+        if axis in mesh:
+            raise ValueError(f"--mesh must name each axis once, got {axis} twice")
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"--mesh must give {axis} a size of at least 1, as in {axis}=2; got {size!r}")
+        mesh[axis] = int(size)
+    return mesh
+
+
+def largest(run: Run, what: str, room: int) -> Run:
+    """The run with the largest batch, or sequences, that takes no more than ``room`` bytes on a device.
+
+    Raises:
+        ValueError: the least that the devices can share takes more.
+    """
+    step = run.least(what)
+    most = run.config.max_position_embeddings // step if what == "seq" else 2**40 // step
+
+    def at(count: int) -> Run:
+        return dataclasses.replace(run, **{what: count * step})
+
+    if most < 1 or (least := plan(at(1)).total) > room:
+        needs = "" if most < 1 else f": {what} {step} takes {units.show(least)}"
+        raise ValueError(f"--bytes must have room for the least {what} there is{needs}; got {units.show(room)}")
+    low, high = 1, 2  # what fits, and what might not
+    while high <= most and plan(at(high)).total <= room:
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if plan(at(middle)).total <= room else (low, middle)
+    return at(low)
+
+
+def figures(found: Plan, name: str) -> dict[str, Any]:
+    """The plan as JSON values, in bytes a device."""
+    run = found.run
+    settings = {field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "config"}
+    return {"model": name, **settings, "devices": run.devices, "parts": found.parts, "total": found.total}
+
+
+def picture(found: Plan, name: str) -> plot.Picture:
+    """A bar for each part."""
+    parts = {part: size for part, size in found.parts.items() if size}
+    unit, scale = max((u for u in units.UNITS.items() if u[1] <= found.total), key=lambda u: u[1], default=("B", 1))
+    return plot.bars(
+        {"memory": [size / scale for size in parts.values()]},
+        categories=parts, title=f"{name}, {described(found.run)}: {units.show(found.total)} a device", y=unit,
+    )  # fmt: skip
+
+
+def write(found: Plan, name: str, out: str | Path) -> list[Path]:
+    """Write the picture: into a directory as ``memory.png`` and ``memory.html``, or to ``out`` with those endings."""
+    drawing, path = picture(found, name), Path(out)
+    if path.suffix in (".png", ".html"):
+        return [drawing.png(path) if path.suffix == ".png" else drawing.html(path)]
+    if path.is_dir() or str(out).endswith("/"):
+        path = path / "memory"
+    return [drawing.png(path.with_name(path.name + ".png")), drawing.html(path.with_name(path.name + ".html"))]
+
+
+def described(run: Run) -> str:
+    """A run in a few words."""
+    spread = ", ".join(f"{axis}={size}" for axis, size in run.mesh.items() if size > 1)
+    return f"{run.task}, {run.batch} × {run.seq:,} tokens" + (f", {spread}" if spread else "")
+
+
+def _print(found: Plan, name: str, find: str | None, room: int | None) -> None:
+    console = Console()
+    if not console.is_terminal:  # nothing is cut off in a file
+        console = Console(width=120)
+    console.print(f"{name}: {described(found.run)}", highlight=False, markup=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading, justify in (("on each device", "left"), ("at most", "right"), ("of all", "right"), ("", "left")):
+        table.add_column(heading, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    longest = max(found.parts.values())
+    for part, size in found.parts.items():
+        if size:
+            bar = "█" * max(1, round(LONGEST_BAR * size / longest))
+            table.add_row(part, units.show(size), f"{size / found.total:.1%}", bar)
+    table.add_row("at the peak", units.show(found.total), "", "", style="bold")
+    console.print(table)
+    if found.total < sum(found.parts.values()):
+        console.print("the layer at work and the logits are never there at once: the larger of them counts")
+    if find is not None and room is not None:
+        value = getattr(found.run, find)
+        console.print(f"the largest {find} in {units.show(room)}: {value:,}", highlight=False, markup=False)

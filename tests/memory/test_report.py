@@ -1,0 +1,107 @@
+"""``heddle memory`` as a user meets it: a table, JSON, a page; the largest that fits; one line for what can't be."""
+
+import json
+
+import pytest
+from tiny_models import hugging_face
+from typer.testing import CliRunner
+
+from heddle.cli import app, main
+from heddle.memory import units
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A model's configuration alone: weights aren't read."""
+    path = tmp_path_factory.mktemp("model")
+    hugging_face("llama, bytes").config.save_pretrained(path)
+    return str(path)
+
+
+def heddle(*arguments: str):
+    return CliRunner().invoke(app, ["memory", *arguments])
+
+
+def figures(*arguments: str) -> dict:
+    result = heddle(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def error_of(monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr("sys.argv", ["heddle", "memory", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line.removeprefix("heddle: ")
+
+
+def test_the_table_names_every_part_and_the_sum(folder):
+    result = heddle("--model", folder, "--batch", "2", "--seq", "32")
+    assert result.exit_code == 0
+    found = figures("--model", folder, "--batch", "2", "--seq", "32")
+    for part, size in found["parts"].items():
+        assert (f"{part} " in result.stdout) == (size > 0)
+        assert size == 0 or units.show(size) in result.stdout
+    assert units.show(found["total"]) in result.stdout
+    never = min(found["parts"]["layer at work"], found["parts"]["logits"])
+    assert sum(found["parts"].values()) - never == found["total"]
+
+
+def test_a_page_and_a_picture(folder, tmp_path):
+    pytest.importorskip("plotly")
+    found = figures("--model", folder, "--task", "generate", "--out", f"{tmp_path}/")
+    assert found["files"] == [str(tmp_path / "memory.png"), str(tmp_path / "memory.html")]
+    assert "KV cache" in (tmp_path / "memory.html").read_text()
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("task", ["train", "generate"])
+@pytest.mark.parametrize(("what", "other"), [("batch", "seq"), ("seq", "batch")])
+def test_the_largest_that_fits(folder, task, what, other):
+    fixed = ["--model", folder, "--task", task, f"--{other}", "8", "--mesh", "data=2"]
+    room = figures(*fixed, f"--{what}", "50")["total"]
+    found = figures(*fixed, "--find", what, "--bytes", f"{room / 1024} KiB")
+    assert found["total"] <= room
+    step = 2 if what == "batch" else 1
+    if found[what] < 96:  # the context
+        assert figures(*fixed, f"--{what}", str(found[what] + step))["total"] > room
+    assert found[what] >= 50
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "serve"], "--task must be one of train, generate; got 'serve'"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--seq", "0"], "--seq must be at least 1, got 0"),
+        (["--task", "generate", "--seq", "97"], "--seq must be at most the model's context of 96 tokens, got 97"),
+        (["--mesh", "pipe=2"], "--mesh must name axes among data, fsdp, context, tensor, got 'pipe'"),
+        (["--mesh", "data=2,data=2"], "--mesh must name each axis once, got data twice"),
+        (["--mesh", "data=x"], "--mesh must give data a size of at least 1, as in data=2; got 'x'"),
+        (["--mesh", "data=2", "--batch", "3"], "the batch must be a multiple of the 2 devices of mesh axis"),
+        (["--mesh", "tensor=3"], "must be a multiple of the 3 devices of mesh axis 'tensor'"),
+        (["--optimizer", "sgd"], "training.optimizer must be one of"),
+        (["--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16; got 'int8'"),
+        (["--cache-dtype", "int4", "--task", "generate"], "--cache-dtype must be one of"),
+        (["--cache-dtype", "int8"], "--cache-dtype goes with --task generate"),
+        (["--task", "generate", "--remat"], "--remat goes with --task train"),
+        (["--find", "batch"], "--find and --bytes go together"),
+        (["--find", "heads", "--bytes", "1GiB"], "--find must be batch or seq, got 'heads'"),
+        (["--find", "batch", "--bytes", "1GB"], "--bytes must be a positive number of KiB, MiB, GiB, TiB"),
+        (["--find", "batch", "--bytes", "1GiB", "--batch", "2"], "--batch must not be given where it is to be found"),
+        (["--find", "batch", "--bytes", "1KiB"], "--bytes must have room for the least batch there is: batch 1 takes"),
+    ],
+)
+def test_what_cannot_be_is_one_line(folder, arguments, message, monkeypatch, capsys):
+    assert message in error_of(monkeypatch, capsys, "--model", folder, *arguments)
+
+
+def test_a_model_that_is_not_there(monkeypatch, capsys):
+    assert error_of(monkeypatch, capsys, "--model", "./nowhere") == "./nowhere: no such file or folder"
+
+
+def test_units():
+    assert [units.parse("--bytes", text) for text in ("1KiB", "1.5 GiB", "2mib")] == [1024, 3 * 2**29, 2**21]
+    assert [units.show(size) for size in (0, 1023, 1024, 2**30 + 2**29)] == ["0 B", "1023 B", "1.00 KiB", "1.50 GiB"]
