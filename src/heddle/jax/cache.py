@@ -88,6 +88,11 @@ class Cache(ABC):
         """Bytes of all arrays; also of a cache of shapes alone, as ``jax.eval_shape`` makes it."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token that was ever written is still there, so that the last ones can be taken back."""
+        return False
+
     def positions(self, seq: int) -> Int[Array, "batch seq"]:
         """Where the next ``seq`` tokens of each sequence stand."""
         return self.lengths[:, None] + jnp.arange(seq, dtype=jnp.int32)
@@ -124,8 +129,27 @@ class Cache(ABC):
             )
 
     def advance(self, tokens: Int[Array, " batch"]) -> Cache:
-        """The cache with each sequence longer by ``tokens``."""
+        """The cache with each sequence longer by ``tokens``; or, of one that :attr:`keeps_all`, shorter."""
         return replace(self, lengths=self.lengths + tokens)
+
+    def sequences(self, begin: Int[Array, ""] | int, count: int) -> Cache:
+        """The cache of ``count`` sequences from ``begin`` on."""
+
+        def cut(x: Array) -> Array:
+            x = x.reshape(-1, self.batch, *x.shape[1:])
+            return jax.lax.dynamic_slice_in_dim(x, begin, count, axis=1).reshape(-1, *x.shape[2:])
+
+        return jax.tree.map(cut, self)
+
+    def with_sequences(self, part: Cache, begin: Int[Array, ""] | int) -> Cache:
+        """The cache with those sequences from ``begin`` on replaced."""
+
+        def put(x: Array, part: Array) -> Array:
+            whole, part = (y.reshape(-1, batch, *y.shape[1:]) for y, batch in ((x, self.batch), (part, count)))
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, begin, axis=1).reshape(x.shape)
+
+        count = part.batch
+        return jax.tree.map(put, self, part)
 
     def begin(self, later: Int[Array, "batch replicas"]) -> Cache:
         """The cache whose replicas begin so many tokens later than now, if they haven't begun."""
@@ -210,6 +234,11 @@ class KVCache(Cache):
             layers=len(windows), lengths=jnp.zeros(batch, jnp.int32),
             starts=jnp.zeros(rows, jnp.int32) if rows > batch else None,
         )  # fmt: skip
+
+    @property
+    def keeps_all(self) -> bool:
+        """See :attr:`Cache.keeps_all`."""
+        return all(_slots(window, self.max_len) == self.max_len for window in self.windows)
 
     def step(self, real: Bool[Array, "batch seq"]) -> tuple[_Step, ...]:
         """See :meth:`Cache.step`."""

@@ -220,7 +220,7 @@ def _placed(
     whole = None if isinstance(source, Safetensors) else _read(source, ours, config, convention)
     read: dict[Any, np.ndarray] = {}  # devices that hold the same part share one reading
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         key = tuple(along.indices(size)[:2] for along, size in zip(index, shape, strict=True))
         if key not in read:
             if whole is None:
@@ -279,6 +279,8 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Any = None, *, max
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes must be at least 1, got {max_shard_bytes}")
     leaves, _ = jax.tree_util.tree_flatten_with_path(model)
+    if any(".adapter." in dotted(path) for path, _ in leaves):
+        raise ValueError("model must have no adapters left to be saved: call heddle.jax.lora.merge_adapters first")
     if jax.process_index():  # process 0 writes; the others hand over the parts they hold
         for _, leaf in leaves:
             to_host(leaf)
@@ -287,8 +289,6 @@ def save(model: LanguageModel, folder: str | Path, tokenizer: Any = None, *, max
         config = model.config.to_dict() | {"dtype": str(leaves[0][1].dtype)}
         write_json(unfinished / "config.json", config)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if any(".adapter." in dotted(path) for path, _ in leaves):
-        raise ValueError("model must have no adapters left to be saved: call heddle.jax.lora.merge_adapters first")
         if tokenizer is not None and len(tokenizer.stop_ids) > 1:
             ids["eos_token_id"] = list(tokenizer.stop_ids)
         write_json(unfinished / "generation_config.json", ids)
@@ -320,10 +320,15 @@ def _write_safetensors(folder: Path, parameters: dict[str, jax.Array], config: A
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         total = sum(parameter.nbytes for parameter in parameters.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 # ---------------------------------------------------------------------- names and layouts
+
+
+def hugging_face_name(ours: str, config: Any) -> str:
+    """Of a parameter by its dotted path."""
+    return _theirs(ours, config, "hugging face")[0]
 
 
 def _theirs(ours: str, config: Any, convention: str) -> tuple[str, bool]:
@@ -334,11 +339,6 @@ def _theirs(ours: str, config: Any, convention: str) -> tuple[str, bool]:
     name = _THEIRS[re.sub(r"\d+", "{}", ours, count=1)].get(convention, ours)  # not all have names in all conventions
     matrix = ours.endswith(".weight") and "norm" not in ours
     return name.format(layer.group() if layer else ""), matrix
-def hugging_face_name(ours: str, config: Any) -> str:
-    """Of a parameter by its dotted path."""
-    return _theirs(ours, config, "hugging face")[0]
-
-
 
 
 def _read(source: Source, ours: str, config: Any, convention: str) -> np.ndarray:

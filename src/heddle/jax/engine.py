@@ -22,9 +22,10 @@ from heddle.data.tokenizers import Tokenizer
 from . import scheduler
 from .answer import Answer, TokenLogprobs, stop_strings
 from .blocks import Blocks
-from .generation import Completion, check_logprobs, check_max_tokens, encode_prompt
+from .generation import Completion
 from .model import Transformer
 from .paged import LEAST_READ, MOST_LOGPROBS, Device
+from .prompts import check_logprobs, check_max_tokens, encode_prompt
 from .sampling import Greedy, Mixed, Sampler, history, needs_history
 from .scheduler import Scheduler
 
@@ -185,7 +186,7 @@ class Engine:
         *,
         max_batch: int = 32,
         blocks: int | None = None,
-        block_size: int = 32,
+        block_size: int = 64,
         prefill_chunk: int = 512,
         max_queue: int = 256,
         cache_dtype: Any = None,
@@ -498,9 +499,9 @@ def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
         raise ValueError("model must keep every key to be served, got one of dilated attention: see heddle generate")
     if model.mesh is not None and model.mesh.size > model.mesh.shape["tensor"]:
         raise ValueError(f"model must be spread over tensor alone to be served, got a mesh of {dict(model.mesh.shape)}")
-    rule = model.config.rotary.rule
-    if rule in ("dynamic", "longrope"):
-        raise ValueError(f"model must have a rope rule that doesn't depend on the text's length, got {rule!r}")
+    rotary = model.config.rotary
+    if rotary.by_length:
+        raise ValueError(f"model must have a rope rule that doesn't depend on the text's length, got {rotary.rule!r}")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer must have at most the model's vocab_size {model.config.vocab_size}, got {tokenizer.vocab_size}"

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from heddle.attention.dilated import check_patterns
+from heddle.attention.dilated_patterns import check_patterns, patterns_of_option
 from heddle.attention.rope import Rope
 from heddle.data.locate import locate, read_json
 
@@ -69,17 +69,8 @@ class Dilation:
         Raises:
             ValueError: another kind, other fields; as of the class.
         """
-        named = {"dense": {"kind"}, "dilated": {"kind", "segment_lengths", "dilation_rates"}}
-        kind = "dense" if option is None else option.get("kind") if isinstance(option, Mapping) else None
-        if kind not in named or set(option or ("kind",)) != named[kind]:
-            raise ValueError(
-                'attention must be {"kind": "dense"} or {"kind": "dilated", "segment_lengths": [...], '
-                f'"dilation_rates": [...]}}, got {option!r}'
-            )
-        if option is None or kind == "dense":
-            return None
-        lengths, rates = zip(*check_patterns(option["segment_lengths"], option["dilation_rates"]), strict=True)
-        return cls(lengths, rates)
+        patterns = patterns_of_option(option)
+        return None if patterns is None else cls(*zip(*patterns, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
         """See :meth:`from_dict`."""

@@ -24,7 +24,7 @@ def serve(
     ),
     max_batch: int = typer.Option(32, help="Answers under way at once."),
     blocks: int | None = typer.Option(None, help="Blocks of the cache.", show_default="1024 tokens for each answer"),
-    block_size: int = typer.Option(32, help="Tokens in a block: 16, 32, 64 or 128."),
+    block_size: int = typer.Option(64, help="Tokens in a block: 16, 32, 64 or 128."),
     prefill_chunk: int = typer.Option(512, help="Tokens of prompts read between two steps, at most."),
     max_queue: int = typer.Option(256, help="Requests that wait; further ones are refused (429)."),
     max_tokens: int = typer.Option(4096, help="Tokens of an answer, at most."),

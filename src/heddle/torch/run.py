@@ -18,6 +18,7 @@ from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import ProgressBar, Record
 from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
 
+from . import longnet  # noqa: F401  # its models are then Auto classes' too
 from .parscale import Qwen2ParScaleForCausalLM
 from .parscale_config import Qwen2ParScaleConfig
 from .train import Trainer, processes
