@@ -92,8 +92,9 @@ def test_refusals(model):
             PromptLookup(**wrong)
     rope = replace(model.config.rotary, rule="dynamic", factor=2.0, max_position=96)
     for change, message in (
-        ({"model_type": "mistral", "sliding_window": 5, "layer_types": None}, "the cache loses keys"), ({"rope": rope}, "text's length"),
-    ):  # fmt: skip
+        ({"model_type": "mistral", "sliding_window": 5, "layer_types": None}, "the cache loses keys"),
+        ({"rope": rope}, "text's length"),
+    ):
         other = Transformer(replace(model.config, **change), rngs=nnx.Rngs(0))
         with pytest.raises(ValueError, match=f"speculate must be None where .*{message}"):
             generate(other, BYTES, ["x"], speculate=LOOKUP)
