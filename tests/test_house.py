@@ -37,6 +37,7 @@ ROOMS["mask_options"] = {"attention", "mask_picture"}
 ROOMS["mask_picture"] = {"attention", "plot"}
 ROOMS["data"] = {"attention", "config"}
 ROOMS["metrics"] = {"plot"}
+ROOMS["rewards"] = {"data"}
 ROOMS["run"] = {"config", "data"}
 ROOMS["sweep"] = {"config", "metrics", "plot"}
 ROOMS["scaling_law"] = set()

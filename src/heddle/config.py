@@ -18,11 +18,15 @@ from yaml import YAMLError
 FRAMEWORKS = ("jax", "torch")
 SCHEDULES = ("constant", "cosine", "wsd")
 OPTIMIZERS = ("adamw", "lion", "muon", "adafactor")
-OBJECTIVES = ("lm", "sft")
+OBJECTIVES = ("lm", "sft", "grpo")
 TRAINABLE = ("full", "lora", "new")
 REMAT = ("none", "layer", "dots")
 SFT_LOSSES = ("completion", "assistant", "all")
 SFT_FORMS = ("auto", "chat", "text")
+GRPO_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo")
+SCALE_REWARDS = ("group", "batch", "none")
+ANSWER_FORMS = ("auto", "tags", "whole")
+RATIO_LEVELS = ("token", "sequence")
 OVERLONG = ("truncate", "refuse")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 CROSS_ATTN_MODES = ("joint", "sublayer")
@@ -181,6 +185,93 @@ class SFTOptions:
 
 
 @dataclass
+class GRPOOptions:
+    """Group relative policy optimisation, ``training.objective=grpo``; formulas in :mod:`heddle.jax.grpo`.
+
+    ``data.corpus`` names the task (see :mod:`heddle.data.tasks`), ``training.batch_size`` is in completions.
+    """
+
+    task: list[str] | None = None  #: settings of a reasoning-gym task, such as [min_terms=2, max_digits=1]
+    prompt_form: str = "auto"  #: how prompts are written: chat, text; auto: a chat if there's a template
+    system: str | None = None  #: the system message of a chat; None: how the task's answers are to be written
+    answer_form: str = "auto"  #: how answers are written: tags, <answer>...</answer>; whole; auto: as the task has it
+    rewards: list[str] = field(default_factory=lambda: ["task"])  #: task, the task's own score; module:function
+    reward_weights: list[float] | None = None  #: of the rewards in their sum; None: 1 each
+    reward_threshold: float = 1.0  #: the task's score from which on an answer is right, which is worth 1, and else 0
+    reward_timeout: float = 10.0  #: seconds after which a reward is given up
+    reward_workers: int = 2  #: processes that compute rewards
+    num_generations: int = 8  #: G, completions of a prompt
+    max_completion: int = 256  #: tokens of a completion, at most
+    num_iterations: int = 1  #: μ, optimiser steps on the same completions
+    temperature: float = 1.0  #: of sampling, and of all log-probabilities
+    top_k: int | None = None  #: sample among so many likeliest; log-probabilities stay those of the full vocabulary
+    top_p: float | None = None  #: sample among the likeliest of this probability together; as top_k
+    stop_ids: list[int] | None = None  #: tokens that end a completion; None: the tokenizer's and the model's
+    scale_rewards: str = "group"  #: what advantages are divided by: the std of the group, of the batch; none
+    loss_type: str = "dapo"  #: what token losses are divided by: grpo, bnpo, dapo, dr_grpo
+    ratio_level: str = "token"  #: what a ratio is of: token; sequence (GSPO)
+    clip_low: float = 0.2  #: ε_low
+    clip_high: float = 0.2  #: ε_high; .28 is DAPO's
+    delta: float | None = None  #: the largest ratio; None: no bound
+    beta: float = 0.0  #: β, of the divergence from the reference; 0: there is no reference
+    reference_every: int = 0  #: steps after which the reference moves towards the policy; 0: never
+    reference_mix: float = 1.0  #: how far: 1 makes it the policy; small, and every step, an average (arXiv 2404.09656)
+    mask_truncated: bool = False  #: leave completions out of the loss that max_completion cut
+    importance_cap: float | None = None  #: of the correction for the engine's numerics; None: no correction
+    curriculum: bool = False  #: begin with the task's easiest level
+    curriculum_threshold: float = 0.8  #: the mean reward from which on the next level is mixed in
+    curriculum_prompts: int = 64  #: of the highest level, that this mean is over
+    eval_prompts: int = 64  #: held-out prompts of an evaluation, each with one completion
+
+    def __post_init__(self):
+        _one_of("grpo.prompt_form", self.prompt_form, SFT_FORMS)
+        _one_of("grpo.answer_form", self.answer_form, ANSWER_FORMS)
+        _one_of("grpo.scale_rewards", self.scale_rewards, SCALE_REWARDS)
+        _one_of("grpo.loss_type", self.loss_type, GRPO_LOSSES)
+        _one_of("grpo.ratio_level", self.ratio_level, RATIO_LEVELS)
+        _at_least("grpo.num_generations", self.num_generations, 2)
+        for name in ("reward_workers", "max_completion", "num_iterations", "curriculum_prompts", "eval_prompts"):
+            _at_least(f"grpo.{name}", getattr(self, name), 1)
+        _at_least("grpo.reference_every", self.reference_every, 0)
+        if self.top_k is not None:
+            _at_least("grpo.top_k", self.top_k, 1)
+        for name in ("reward_timeout", "temperature"):
+            _positive(f"grpo.{name}", getattr(self, name))
+        for name in ("importance_cap", "delta"):
+            if getattr(self, name) is not None:
+                _positive(f"grpo.{name}", getattr(self, name))
+        for name in ("clip_low", "clip_high", "beta"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"grpo.{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.clip_low > 1:
+            raise ValueError(f"grpo.clip_low must be at most 1, got {self.clip_low}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"grpo.top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 < self.reference_mix <= 1:
+            raise ValueError(f"grpo.reference_mix must be above 0 and at most 1, got {self.reference_mix}")
+        if self.delta is not None and self.delta <= 1 + self.clip_high:
+            raise ValueError(
+                f"grpo.delta must be above 1 + grpo.clip_high, {1 + self.clip_high}, to have an effect of its own; "
+                f"got {self.delta}"
+            )
+        if self.importance_cap is not None and self.temperature != 1:
+            raise ValueError(
+                "grpo.importance_cap needs grpo.temperature=1, as the engine tells log-probabilities of logits that "
+                f"aren't divided; got {self.temperature}"
+            )
+        if not self.rewards:
+            raise ValueError("grpo.rewards must name at least one reward, got []")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"grpo.reward_weights must be one for each of grpo.rewards, "
+                f"got {len(self.reward_weights)} for {len(self.rewards)}"
+            )
+        for setting in self.task or ():
+            if not all(setting.partition("=")):
+                raise ValueError(f"grpo.task must be a list of name=value, got {setting!r}")
+
+
+@dataclass
 class LoRAOptions:
     """Low-rank adapters (arXiv 2106.09685) on linear layers, ``training.trainable=lora``."""
 
@@ -200,7 +291,7 @@ class LoRAOptions:
 class TrainingOptions:
     """How to train."""
 
-    objective: str = "lm"  #: lm, language modelling of documents; sft, supervised fine-tuning on examples
+    objective: str = "lm"  #: lm, of documents; sft, fine-tuning on examples; grpo, learning from rewards
     base_model: str | None = None  #: a Hugging Face folder, a .gguf file, a hub name, or embedded; None: from scratch
     trainable: str = "full"  #: full; lora, adapters alone; new, only what ParScale adds to the base model
     max_steps: int = 1000  #: optimiser steps of the whole run
@@ -272,6 +363,7 @@ class TrainingOptions:
 #: Options and values that one wing alone has.
 ONE_WING = {
     "training.objective=sft": "jax",
+    "training.objective=grpo": "jax",
     "training.trainable=lora": "jax",
     "training.optimizer=lion": "jax",
     "training.optimizer=muon": "jax",
@@ -283,7 +375,7 @@ ONE_WING = {
 
 
 #: Sections that one choice of an option of ``training`` alone has.
-ONE_CHOICE = {"sft": ("objective", "sft"), "lora": ("trainable", "lora")}
+ONE_CHOICE = {"sft": ("objective", "sft"), "grpo": ("objective", "grpo"), "lora": ("trainable", "lora")}
 
 
 @dataclass
@@ -296,6 +388,7 @@ class Config:
     parscale: ParScaleOptions = field(default_factory=ParScaleOptions)
     data: DataOptions = field(default_factory=DataOptions)
     sft: SFTOptions = field(default_factory=SFTOptions)
+    grpo: GRPOOptions = field(default_factory=GRPOOptions)
     lora: LoRAOptions = field(default_factory=LoRAOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     mesh: MeshOptions = field(default_factory=MeshOptions)
@@ -332,11 +425,31 @@ class Config:
                 "training.trainable=lora would leave what ParScale adds untrained: parscale.parscale_n must be 1, "
                 f"got {self.parscale.parscale_n}"
             )
+        if self.training.objective == "grpo":
+            self._check_grpo()
         if self.training.eval_every and not self.data.held_out and self.data.eval_corpus is None:
             raise ValueError(
                 "training.eval_every needs something to evaluate on: "
                 "set data.held_out above 0, name data.eval_corpus, or set training.eval_every=0"
             )
+
+    def _check_grpo(self) -> None:
+        generations, batch_size = self.grpo.num_generations, self.training.batch_size
+        if batch_size % generations:
+            raise ValueError(
+                "training.batch_size must be a multiple of grpo.num_generations, as it is in completions; "
+                f"got {batch_size} and {generations}"
+            )
+        if self.grpo.max_completion >= self.data.seq_len:
+            raise ValueError(
+                "data.seq_len must be above grpo.max_completion, to have room for a prompt; "
+                f"got {self.data.seq_len} and {self.grpo.max_completion}"
+            )
+        if self.model.attention == "dilated":
+            raise ValueError("training.objective=grpo needs a cache of every key, which model.attention=dilated hasn't")
+        sizes = dataclasses.asdict(self.mesh)
+        if set(sizes.values()) != {1}:
+            raise ValueError(f"training.objective=grpo samples on one device: mesh must be all 1, got {sizes}")
 
     def to_yaml(self) -> str:
         """As YAML that :func:`load_config` reads back to an equal tree."""
@@ -352,7 +465,8 @@ class Config:
         for prefix, option in _options():
             if prefix:
                 value = getattr(getattr(self, prefix[:-1]), option.name)
-                if value != option.default:
+                default = option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+                if value != default:
                     changed[prefix + option.name] = value
         return changed
 
@@ -435,7 +549,9 @@ _TYPES = {
     "float | None": "a number or null",
     "str | None": "text or null",
     "list[int] | None": "a list of integers or null",
+    "list[str]": "a list of texts",
     "list[str] | None": "a list of texts or null",
+    "list[float] | None": "a list of numbers or null",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from itertools import islice
@@ -16,16 +16,21 @@ from heddle.config import Config, MeshOptions, load_config
 from heddle.data.corpora import Reader, open_corpus, tokenized
 from heddle.data.examples import TakeExample, documents, open_examples
 from heddle.data.packing import Batch, Documents, Packer
+from heddle.data.tasks import Problem, Stream, Task, open_task, parse_settings, prompt_encoder
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
 
 #: What a run may change on the way: how long, how often and with how much memory it learns, but not what.
-CHANGEABLE = {"output"} | {
-    f"training.{name}"
-    for name in (
-        "max_steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_batches", "checkpoint_every", "keep",
-        "keep_best", "report_to",
-    )
-} | {f"mesh.{option.name}" for option in fields(MeshOptions)}  # fmt: skip
+CHANGEABLE = {
+    "output", "grpo.reward_timeout", "grpo.reward_workers", "grpo.eval_prompts",
+    *(f"mesh.{option.name}" for option in fields(MeshOptions)),
+    *(
+        f"training.{name}"
+        for name in (
+            "max_steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_batches", "checkpoint_every",
+            "keep", "keep_best", "report_to",
+        )
+    ),
+}  # fmt: skip
 
 EMBEDDED = "embedded"  #: names the small model that a package carries, where None means none
 
@@ -45,7 +50,7 @@ def training_data(config: Config) -> Data:
         ValueError: a corpus or tokenizer that can't be read; nothing to train or to evaluate on.
     """
     data, training = config.data, config.training
-    tokenizer = load_tokenizer(place(data.tokenizer or training.base_model or BYTES))
+    tokenizer = tokenizer_of(config)
 
     def corpus(name: str, part: str, seed: int | None) -> Reader:
         options: dict[str, Any] = {
@@ -80,6 +85,53 @@ def training_data(config: Config) -> Data:
         packed = Packer(as_tokens(reader), data.seq_len, rows, window=data.window, epochs=1)
         evaluation = list(islice(packed, training.eval_batches))
     return Data(tokenizer, packer, evaluation)
+
+
+def tokenizer_of(config: Config) -> Tokenizer:
+    """The tokenizer that ``data.tokenizer`` names, or else that of the base model, or else bytes."""
+    return load_tokenizer(place(config.data.tokenizer or config.training.base_model or BYTES))
+
+
+class TaskData(NamedTuple):
+    """What a run learns from by its rewards, and what it is evaluated on."""
+
+    tokenizer: Tokenizer
+    problems: Stream
+    encode: Callable[[Any], list[int]]  #: makes a prompt into token ids
+    evaluation: list[Problem]  #: held out, of the highest level; none if the run doesn't evaluate
+
+
+def task_data(config: Config) -> TaskData:
+    """The task of a configuration, ``data.corpus``, and what it is evaluated on.
+
+    Raises:
+        ValueError: a task or tokenizer that can't be read; nothing to train or to evaluate on.
+        ImportError: a task of a package that isn't installed.
+    """
+    data, options, training = config.data, config.grpo, config.training
+    tokenizer = tokenizer_of(config)
+
+    def opened(name: str) -> tuple[Task, dict[str, Any]]:
+        task = open_task(
+            name, parse_settings(options.task), seed=training.seed, subset=data.subset, split=data.split,
+            on_error=data.on_error,
+        )  # fmt: skip
+        form = task.answer_form if options.answer_form == "auto" else options.answer_form
+        return task, {"answer_form": form, "threshold": options.reward_threshold}
+
+    task, fields = opened(data.corpus)
+    separate = data.eval_corpus is not None
+    problems = Stream(task, "train", 0 if separate else data.held_out, fields)
+    encode = prompt_encoder(tokenizer, fields["answer_form"], form=options.prompt_form, system=options.system)
+    encode(task.problem(0, task.levels).prompt)
+    evaluation = []
+    if training.eval_every:
+        held_out = Stream(task, "held_out", data.held_out, fields)
+        if data.eval_corpus is not None:
+            task, fields = opened(data.eval_corpus)
+            held_out = Stream(task, "train", 0, fields)
+        evaluation = [held_out.take(task.levels) for _ in range(options.eval_prompts)]
+    return TaskData(tokenizer, problems, encode, evaluation)
 
 
 def place(name: str) -> str | None:

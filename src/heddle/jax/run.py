@@ -15,8 +15,11 @@ from heddle.config import Config
 from heddle.data.locate import locate
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import NO_TRACKER, ProgressBar, Record, check_tracker, tracking
-from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
+from heddle.rewards import RewardPool
+from heddle.run import check_folder, check_vocabulary, place, task_data, training_data, write_config
 
+from .grpo_rollouts import Rollouts
+from .grpo_trainer import GRPOTrainer
 from .lm import lm
 from .lora import add_adapters, merge_adapters, save_adapter
 from .model import Transformer
@@ -32,7 +35,8 @@ TRAINABLE: dict[str, Any] = {"full": nnx.Param, "lora": nnx.LoRAParam, "new": nn
 
 
 def run(config: Config, report: Callable[[Record], None] = lambda record: None) -> Trainer:
-    """Language modelling of a corpus or fine-tuning on examples, from the start or from where this run stands.
+    """Language modelling of a corpus, fine-tuning on examples or learning from rewards, from the start or from where
+    this run stands.
 
     Of several processes, where the environment says so (:func:`heddle.jax.parallel.initialize`), the first writes.
     ``config.output`` gets the resolved ``config.yaml``, what :class:`Trainer` writes, and once all steps are done
@@ -88,12 +92,10 @@ def show(config: Config) -> int:
 
 def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
     """The trainer of a configuration, ready to fit, and its tokenizer. Writes nothing."""
+    if config.training.objective == "grpo":
+        return _prepare_grpo(config)
     tokenizer, packer, evaluation = training_data(config)
-    model = make_model(config, tokenizer, mesh_of(config))
-    if config.training.trainable == "lora":
-        lora = config.lora
-        add_adapters(model, lora.rank, lora.alpha, lora.targets, rngs=nnx.Rngs(config.training.seed))
-        model = model if model.mesh is None else place_on_mesh(model, model.mesh)
+    model = _to_train(config, tokenizer)
     objective = lm
     if config.training.objective == "sft":
         objective = sft(neftune_alpha=config.sft.neftune_alpha, label_smoothing=config.sft.label_smoothing)
@@ -102,6 +104,32 @@ def prepare(config: Config) -> tuple[Trainer, Tokenizer]:
         trainable=TRAINABLE[config.training.trainable], eval_objective=lm,
     )  # fmt: skip
     return trainer, tokenizer
+
+
+def _prepare_grpo(config: Config) -> tuple[GRPOTrainer, Tokenizer]:
+    options, training = config.grpo, config.training
+    tokenizer, problems, encode, evaluation = task_data(config)
+    rewards = RewardPool(
+        options.rewards, options.reward_weights, workers=options.reward_workers, timeout=options.reward_timeout
+    )
+    rollouts = Rollouts(
+        problems, encode, rewards, tokenizer, options, rows=training.batch_size, row_len=config.data.seq_len,
+        seed=training.seed,
+    )  # fmt: skip
+    model = _to_train(config, tokenizer)
+    trainer = GRPOTrainer(
+        model, rollouts, training, config.output, options, evaluation, trainable=TRAINABLE[training.trainable]
+    )
+    return trainer, tokenizer
+
+
+def _to_train(config: Config, tokenizer: Tokenizer) -> Transformer:
+    model = make_model(config, tokenizer, mesh_of(config))
+    if config.training.trainable == "lora":
+        lora = config.lora
+        add_adapters(model, lora.rank, lora.alpha, lora.targets, rngs=nnx.Rngs(config.training.seed))
+        model = model if model.mesh is None else place_on_mesh(model, model.mesh)
+    return model
 
 
 def _save(trainer: Trainer, config: Config, tokenizer: Tokenizer) -> None:

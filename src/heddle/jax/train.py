@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from heddle.attention.arrays import Array
 from heddle.config import TrainingOptions
-from heddle.data.packing import Batch, Packer, ahead
+from heddle.data.packing import Batch, ahead
 from heddle.metrics import MetricsFile, Record
 from heddle.run import Stop, due, stop_on_signals
 
@@ -36,6 +36,22 @@ from .parallel import Layout, shardings, to_mesh
 Objective = Callable[[Any, Batch, Array], tuple[Array, Array, dict[str, Array]]]
 
 Variables = Any  #: an nnx.State
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where batches come from: a :class:`heddle.data.packing.Packer`, or rollouts."""
+
+    rows: int  #: of a batch
+    row_len: int  #: tokens of a row
+
+    def state(self) -> Any:
+        """Where it stands, as JSON has it."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Stand where :meth:`state` said."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -98,10 +114,10 @@ class Trainer:
         self,
         model: Any,
         objective: Objective,
-        data: Packer,
+        data: Source,
         options: TrainingOptions,
         output: str | Path,
-        evaluation: Sequence[Batch] = (),
+        evaluation: Sequence[Any] = (),
         trainable: Any = nnx.Param,
         eval_objective: Objective | None = None,
     ):
@@ -136,7 +152,7 @@ class Trainer:
             return init(params)
         return jax.jit(init, out_shardings=shardings(jax.eval_shape(init, params), self._mesh))(params)
 
-    def _placed(self, batch: Batch, *axes: str | None) -> Batch:
+    def _placed(self, batch: Any, *axes: str | None) -> Any:
         return jax.tree.map(lambda field: to_mesh(np.asarray(field), self._mesh, *axes), batch)
 
     def fit(self, report: Callable[[Record], None] = lambda record: None) -> TrainState:
@@ -252,7 +268,7 @@ class Trainer:
                 self._finish(*running, since, write)
                 save({})
 
-    def _finish(self, step: int, batch: Batch, measured: dict[str, Array], since: float, write) -> float:
+    def _finish(self, step: int, batch: Any, measured: dict[str, Array], since: float, write) -> float:
         """Wait until the device has done ``step``, and record it; returns when that was."""
         record = {name: value.item() for name, value in jax.device_get(measured).items()}
         now, nonfinite = time.perf_counter(), record.pop("nonfinite")
@@ -271,10 +287,10 @@ class Trainer:
 
     # ------------------------------------------------------------------ on the device
 
-    def _compile(self, arrays: TrainState, parts: Batch) -> jax.stages.Compiled:
+    def _compile(self, arrays: TrainState, parts: Any) -> jax.stages.Compiled:
         where = [x.sharding for x in jax.tree.leaves(arrays)]
 
-        def step(arrays: TrainState, parts: Batch) -> tuple[TrainState, dict[str, Array]]:
+        def step(arrays: TrainState, parts: Any) -> tuple[TrainState, dict[str, Array]]:
             state, measured = self._step(arrays, parts)
             if self._mesh is not None:  # what comes out lies where it lay
                 leaves, structure = jax.tree.flatten(state)
@@ -285,12 +301,12 @@ class Trainer:
         return jax.jit(step, donate_argnums=0).lower(arrays, parts).compile()
 
     def _loss(
-        self, objective: Objective, variables: Variables, batch: Batch, key: Array
+        self, objective: Objective, variables: Variables, batch: Any, key: Array
     ) -> tuple[Array, tuple[Array, dict[str, Array]]]:
         total, tokens, metrics = objective(nnx.merge(self._graph, variables), batch, key)
         return total, (tokens, metrics)
 
-    def _step(self, state: TrainState, parts: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def _step(self, state: TrainState, parts: Any) -> tuple[TrainState, dict[str, Array]]:
         """One step over the ``parts`` of a batch, each field ``(accumulation, rows, row_len)``."""
         params, others = nnx.split_state(state.model, self._trainable, ...)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -412,6 +428,6 @@ def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _with_state(data: Packer) -> Iterator[tuple[Batch, Any]]:
+def _with_state(data: Any) -> Iterator[tuple[Batch, Any]]:
     for batch in data:
         yield batch, data.state()

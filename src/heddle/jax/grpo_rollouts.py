@@ -1,0 +1,224 @@
+"""Rollouts: groups of completions of a task's prompts, sampled by the engine and rewarded, as rows to train on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from heddle.attention.mask import PADDING_SEGMENT_ID
+from heddle.config import GRPOOptions
+from heddle.data.packing import NO_TARGET
+from heddle.data.tasks import Problem, Stream
+from heddle.data.tokenizers import Tokenizer
+from heddle.metrics import Record
+from heddle.rewards import RewardPool
+
+from .engine import Engine, Request
+from .generation import Completion
+from .grpo import RolloutBatch, group_advantages, token_weights
+from .sampling import sampler
+
+LENGTH = "length"  #: why a completion ended that was cut
+
+
+class Rollout(NamedTuple):
+    """Completions of one moment's policy, and what was measured of them."""
+
+    batch: RolloutBatch
+    measured: Record
+
+
+class Rollouts:
+    """Makes rollouts of a task, and knows where it stands.
+
+    A completion's random choices follow from ``seed``, the number of the rollout and of its prompt within it, and its
+    own number in the group: they are the same whatever else is sampled, and after a resume.
+
+    Args:
+        problems: of the task, to train on.
+        encode: makes a prompt into token ids.
+        rewards: of completions.
+        tokenizer: of the model.
+        options: of the objective.
+        rows: completions of a rollout, a multiple of ``options.num_generations``.
+        row_len: tokens of a prompt and its completion, at most.
+        seed: of the random choices.
+    """
+
+    def __init__(
+        self,
+        problems: Stream,
+        encode: Callable[[Any], list[int]],
+        rewards: RewardPool,
+        tokenizer: Tokenizer,
+        options: GRPOOptions,
+        *,
+        rows: int,
+        row_len: int,
+        seed: int,
+    ):
+        self.rows, self.row_len = rows, row_len
+        self.problems, self.rewards = problems, rewards
+        self._encode, self._tokenizer, self._options, self._seed = encode, tokenizer, options, seed
+        self._count, self._engine = 0, None
+        self._level = 1 if options.curriculum else problems.task.levels
+        self._recent: deque[float] = deque(maxlen=options.curriculum_prompts)
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as JSON has it: the next rollout follows from this, the seed and the weights."""
+        return {"next": self.problems.next, "count": self._count, "level": self._level, "recent": [*self._recent]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Stand where :meth:`state` said."""
+        self.problems.next, self._count, self._level = state["next"], state["count"], state["level"]
+        self._recent.clear()
+        self._recent.extend(state["recent"])
+
+    def roll(self, model: Any) -> Rollout:
+        """Sample the next prompts' completions with ``model``, and reward them."""
+        options, group = self._options, self._options.num_generations
+        random = np.random.default_rng([self._seed, self._count])
+        easiest = 1 if options.curriculum else self._level
+        levels = random.integers(easiest, self._level, self.rows // group, endpoint=True).tolist()
+        problems = [self.problems.take(level) for level in levels]
+        prompts = [self._encode(problem.prompt) for problem in problems]
+        groups = self._sample(model, prompts, group)
+        completions = [completion for group in groups for completion in group]
+        each = self._reward([problem for problem in problems for _ in range(group)], completions)
+        total = self.rewards.total(each)
+        advantages, flat = group_advantages(total.reshape(-1, group), options.scale_rewards)
+        batch = rollout_batch(
+            [prompt for prompt in prompts for _ in range(group)], completions, advantages.reshape(-1), options,
+            self.row_len,
+        )  # fmt: skip
+        measured = _measured(total, each, self.rewards.names, completions, flat) | {"level": self._level}
+        self._count += 1
+        self._climb(levels, total.reshape(-1, group))
+        return Rollout(batch, measured)
+
+    def evaluate(self, model: Any, problems: Sequence[Problem]) -> Record:
+        """The mean reward of one completion of each of ``problems``, sampled as in training, always the same way."""
+        completions = [c for [c] in self._sample(model, [self._encode(p.prompt) for p in problems], 1, count=-1)]
+        total = self.rewards.total(self._reward(problems, completions))
+        lengths = [len(completion.tokens) for completion in completions]
+        return {"eval_reward": _mean(total), "eval_completion_tokens": float(np.mean(lengths))}
+
+    def _reward(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> np.ndarray:
+        texts = [completion.text for completion in completions]
+        return self.rewards([p.prompt for p in problems], texts, [p.fields for p in problems])
+
+    def _sample(
+        self, model: Any, prompts: Sequence[list[int]], group: int, count: int | None = None
+    ) -> list[list[Completion]]:
+        options, room = self._options, self.row_len - self._options.max_completion
+        longest = max(map(len, prompts))
+        if longest > room:
+            raise ValueError(
+                f"data.seq_len must have room for a prompt of {longest} tokens and grpo.max_completion more, "
+                f"{longest + options.max_completion}; got {self.row_len}"
+            )
+        engine = self._with(model)
+        choice = sampler(options.temperature, options.top_k, options.top_p)
+        requests = [
+            Request(
+                prompt, options.max_completion, choice, seed=self._seed_of(count, number), n=group,
+                stop_ids=options.stop_ids, logprobs=None if options.importance_cap is None else 0,
+            )
+            for number, prompt in enumerate(prompts)
+        ]  # fmt: skip
+        return engine.run(requests)
+
+    def _seed_of(self, count: int | None, number: int) -> int:
+        """Of the first completion of a prompt; the others of its group take the numbers after it."""
+        entropy = [self._seed, (self._count if count is None else count) + 1, number]
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+    def _with(self, model: Any) -> Engine:
+        """The engine, with these weights."""
+        if self._engine is None:
+            size = 32
+            blocks = self.rows * -(-self.row_len // size)
+            self._engine = Engine(model, self._tokenizer, max_batch=self.rows, blocks=blocks, block_size=size)
+        else:
+            self._engine.update(model)
+        return self._engine
+
+    def _climb(self, levels: list[int], rewards: np.ndarray) -> None:
+        """Mix the next level in once the highest one is mastered."""
+        options = self._options
+        if not options.curriculum or self._level == self.problems.task.levels:
+            return
+        means = [_mean(row) for level, row in zip(levels, rewards, strict=True) if level == self._level]
+        self._recent.extend(mean for mean in means if not np.isnan(mean))
+        enough = len(self._recent) == options.curriculum_prompts
+        if enough and _mean(np.array(self._recent)) >= options.curriculum_threshold:
+            self._level += 1
+            self._recent.clear()
+
+
+def rollout_batch(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Completion],
+    advantages: np.ndarray,
+    options: GRPOOptions,
+    row_len: int,
+) -> RolloutBatch:
+    """Completions behind their prompts, a row each.
+
+    Of a completion all tokens are learned, the one that ends it too. With ``options.mask_truncated`` nothing is of one
+    that was cut, which counts as a completion all the same.
+
+    Args:
+        prompts: ids, of each completion.
+        completions: as the engine answers, with log-probabilities if ``options.importance_cap`` is given.
+        advantages: of each completion.
+        options: of the objective.
+        row_len: tokens in a row.
+    """
+    shape = len(completions), row_len
+    tokens, segment_ids, positions, targets = (
+        np.full(shape, fill, np.int32) for fill in (0, PADDING_SEGMENT_ID, 0, NO_TARGET)
+    )
+    sampled = np.zeros(shape, np.float32)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = [*prompt, *completion.tokens]
+        first, last = len(prompt) - 1, len(ids) - 1  # the places that predict the completion
+        tokens[row, : len(ids)], segment_ids[row, : len(ids)], positions[row, : len(ids)] = ids, 0, np.arange(len(ids))
+        if not (options.mask_truncated and completion.finish_reason == LENGTH):
+            targets[row, first:last] = completion.tokens
+        if completion.logprobs is not None:
+            sampled[row, first:last] = [told.chosen for told in completion.logprobs]
+    mask = targets != NO_TARGET
+    weights = token_weights(mask, options.loss_type, options.max_completion) * mask.sum()
+    return RolloutBatch(
+        tokens, segment_ids, positions, targets,
+        np.broadcast_to(advantages[:, None], shape).astype(np.float32), weights.astype(np.float32),
+        sampled=None if options.importance_cap is None else sampled,
+    )  # fmt: skip
+
+
+def _measured(
+    total: np.ndarray, each: np.ndarray, names: Sequence[str], completions: Sequence[Completion], flat: np.ndarray
+) -> Record:
+    """What is worth knowing of a rollout. Rewards that don't apply are left out of means."""
+    lengths = np.array([len(completion.tokens) for completion in completions])
+    applies = total[~np.isnan(total)]
+    apart = {f"reward_{name}": _mean(column) for name, column in zip(names, each.T, strict=True)}
+    return {
+        "reward": _mean(total),
+        "reward_std": float(applies.std(ddof=1)) if len(applies) > 1 else 0.0,
+        **(apart if len(names) > 1 else {}),
+        "zero_spread": float(flat.mean()),
+        "not_applicable": float(np.isnan(total).mean()),
+        "completion_tokens": float(lengths.mean()),
+        "longest_completion": int(lengths.max()),
+        "truncated": float(np.mean([completion.finish_reason == LENGTH for completion in completions])),
+    }
+
+
+def _mean(values: np.ndarray) -> float:
+    applies = values[~np.isnan(values)]
+    return float(applies.mean()) if len(applies) else float("nan")

@@ -1,0 +1,186 @@
+"""GRPO runs: rollouts are what `generate` says, steps don't depend on parts, and a run goes on exactly."""
+
+import sys
+from operator import itemgetter
+
+import jax
+import numpy as np
+import pytest
+from compile_once import compile_once  # noqa: F401
+from flax import nnx
+
+from heddle import cli
+from heddle.config import load_config
+from heddle.data.packing import NO_TARGET
+from heddle.jax import sampler
+from heddle.jax.generation import generate
+from heddle.jax.grpo import completion_log_probabilities
+from heddle.jax.run import make_model, prepare, run
+from heddle.metrics import read_metrics
+
+SMALL = [
+    "training.objective=grpo", "data.corpus=largest", "data.held_out=0.2", "grpo.task=[digits=2]", "data.seq_len=12",
+    "model.hidden_size=16", "model.intermediate_size=24", "model.num_hidden_layers=1", "model.num_attention_heads=2",
+    "model.num_key_value_heads=1", "training.batch_size=8", "training.max_steps=5", "training.eval_every=0",
+    "training.learning_rate=0.01", "training.schedule=constant", "training.checkpoint_every=1",
+    "grpo.rewards=[reward_functions:low_bytes]", "grpo.num_generations=4", "grpo.max_completion=5",
+]  # fmt: skip
+ENDS = list(range(0, 257, 5))
+FREE = f"grpo.stop_ids={ENDS}"
+
+
+@pytest.fixture
+def options(tmp_path):
+    return [*SMALL, f"output={tmp_path / 'run'}"]
+
+
+def curve(folder):
+    """What must not depend on how often a run was killed: everything but times."""
+    times = {"seconds", "tokens_per_second"}
+    return [{k: v for k, v in r.items() if k not in times} for r in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_rollouts_are_what_generate_says_with_the_weights_of_the_moment(options):
+    config = load_config(None, [*options, "grpo.importance_cap=2", FREE])
+    trainer, tokenizer = prepare(config)
+    rollouts = trainer._rollouts
+    other = make_model(load_config(None, [*options, "training.seed=1"]), tokenizer)
+    seen = []
+    with rollouts.rewards:
+        for model in (trainer.model, other):
+            at = rollouts.state()
+            batch, measured = rollouts.roll(model)
+            seeds = [rollouts._seed_of(at["count"], number) for number in range(2)]
+            seen += seeds
+            rollouts.problems.next = at["next"]
+            truncated = []
+            for number, seed in enumerate(seeds):
+                prompt = rollouts.problems.take(2).prompt
+                for sample in range(4):
+                    row = 4 * number + sample
+                    [alone] = generate(
+                        model, tokenizer, [prompt], max_tokens=5, sampler=sampler(1.0), seed=seed + sample,
+                        stop_ids=ENDS,
+                    )  # fmt: skip
+                    targets = batch.targets[row]
+                    assert targets[targets != NO_TARGET].tolist() == list(alone.tokens)
+                    assert batch.tokens[row, : len(prompt)].tolist() == list(prompt.encode())
+                    truncated.append(alone.finish_reason == "length")
+            # The engine's own log-probabilities are the trainer's, but for rounding.
+            found = completion_log_probabilities(model, batch, 1.0)[0]
+            np.testing.assert_allclose(found, batch.sampled, atol=1e-4)
+            assert measured["truncated"] == np.mean(truncated)
+            assert measured["completion_tokens"] == (batch.targets != NO_TARGET).sum() / 8
+            groups = batch.advantages[:, 0].reshape(2, 4)
+            np.testing.assert_allclose(groups.mean(axis=1), 0, atol=1e-6)
+    assert len(set(seen)) == 4
+    rollouts.restore({**rollouts.state(), "count": 0, "next": 0})
+    with rollouts.rewards:
+        first = rollouts.roll(trainer.model).batch
+        rollouts.restore({**rollouts.state(), "count": 0, "next": 0})
+        again = rollouts.roll(trainer.model).batch
+    for one, other in zip(first, again):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_parts_of_a_batch_add_up_to_it(options, loss_type):
+    trainer, _ = prepare(load_config(None, [*options, f"grpo.loss_type={loss_type}", FREE]))
+    with trainer._rollouts.rewards:
+        batch = trainer._rollouts.roll(trainer.model).batch
+    assert len(set((batch.targets != NO_TARGET).sum(axis=1))) > 1
+    graph, params = nnx.split(trainer.model)
+
+    @jax.jit
+    def compiled(params, part):
+        def loss(params):
+            total, count, _ = trainer._objective(nnx.merge(graph, params), part, jax.random.key(0))
+            return total, count
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    def gradient(parts):
+        each = [compiled(params, jax.tree.map(itemgetter(i), batch)) for i in parts]
+        count = sum(int(n) for (_, n), _ in each)
+        return jax.tree.map(lambda *g: sum(g) / count, *(g for _, g in each)), sum(float(t) for (t, _), _ in each)
+
+    whole, value = gradient([slice(0, 8)])
+    assert max(float(abs(g).max()) for g in jax.tree.leaves(whole)) > 1e-3
+    for size in (4, 2):
+        parts, same = gradient([slice(at, at + size) for at in range(0, 8, size)])
+        assert same == pytest.approx(value, abs=1e-5)
+        for a, b in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5 * float(abs(b).max()) + 1e-8)
+
+
+class Crash(Exception):
+    pass
+
+
+HARD = [
+    "grpo.num_iterations=2", "grpo.beta=0.1", "grpo.reference_every=3", "grpo.reference_mix=0.5", FREE,
+    "grpo.curriculum=true", "grpo.curriculum_threshold=0.01", "grpo.curriculum_prompts=3", "training.eval_every=2",
+    "grpo.eval_prompts=3", "grpo.importance_cap=2",
+]  # fmt: skip
+
+
+def test_a_run_that_crashed_goes_on_as_if_it_had_not(options, tmp_path):
+    run(load_config(None, [*options, *HARD]))
+    whole = curve(tmp_path / "run")
+    steps = [record for record in whole if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
+    assert ["reward" in record for record in steps] == [True, False, True, False, True]  # two steps on each rollout
+    assert [record["level"] for record in steps if "level" in record] == [1, 1, 2]
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-9)
+    assert steps[1]["kl"] > 1e-8
+    assert len([record for record in whole if "eval_reward" in record]) == 3
+
+    again = [*options, *HARD, f"output={tmp_path / 'again'}"]
+    for last in (1, 2, 4):  # in the middle of a rollout, and at its end
+
+        def crash(record, last=last):
+            if record["step"] > last:
+                raise Crash
+
+        with pytest.raises(Crash):
+            run(load_config(None, again), crash)
+    trainer = run(load_config(None, again))
+    assert curve(tmp_path / "again") == whole
+    assert trainer.state.reference is not None
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def heddle(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["heddle", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    captured = capsys.readouterr()
+    return exit.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("training.batch_size=6", "training.batch_size must be a multiple of grpo.num_generations"),
+        ("grpo.max_completion=12", "data.seq_len must be above grpo.max_completion"),
+        ("mesh.fsdp=2", "training.objective=grpo samples on one device: mesh must be all 1"),
+        ("framework=torch", "is for framework=jax, but framework is torch"),
+        ("grpo.delta=1.1", "grpo.delta must be above 1 + grpo.clip_high"),
+        ("grpo.task=[digits]", "grpo.task must be a list of name=value, got 'digits'"),
+        ("grpo.reward_weights=[1, 2]", "grpo.reward_weights must be one for each of grpo.rewards, got 2 for 1"),
+        ("grpo.rewards=[nothing:here]", "reward nothing:here can't be found: No module named 'nothing'"),
+        ("data.corpus=stdlib", "settings are for largest, reasoning-gym:NAME alone"),
+        (
+            "data.seq_len=7",
+            "data.seq_len must have room for a prompt of 3 tokens and grpo.max_completion more, 8; got 7",
+        ),
+        ("grpo.los_type=dapo", "grpo.los_type is not an option"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(options, monkeypatch, capsys, wrong, message):
+    code, _, err = heddle(monkeypatch, capsys, "train", *options, wrong)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
