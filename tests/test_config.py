@@ -143,7 +143,7 @@ ERRORS = {
     "training.keep_best=true training.eval_every=30": "training.keep_best needs an evaluation at each checkpoint: "
     "training.checkpoint_every must be a multiple of training.eval_every, got 100 and 30",
     "training.ema_decay=1": "training.ema_decay must be at least 0 and below 1, got 1.0",
-    "training.objective=dpo": "training.objective must be one of lm, sft; got 'dpo'",
+    "training.objective=dpo": "training.objective must be one of lm, sft, grpo; got 'dpo'",
     "training.trainable=none": "training.trainable must be one of full, lora, new; got 'none'",
     "training.trainable=lora": "training.trainable=lora trains adapters of a base model: set training.base_model",
     "sft.neftune_alpha=5": "sft.neftune_alpha is for training.objective=sft, but it is lm",

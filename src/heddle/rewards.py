@@ -109,11 +109,11 @@ class RewardPool:
                     job, (value, error) = worker.receive()
                     if job is not None and error is None:
                         out[job] = value
-                    elif job is not None:
+                    elif job is not None and error is not None:
                         failed(job, error)
                 elif not worker.idle and time.monotonic() >= worker.deadline:
                     job, starting = worker.kill(), not worker.ready
-                    if starting:
+                    if starting or job is None:
                         raise RuntimeError(f"a process for rewards didn't start within {_STARTING:g} s")
                     failed(job, f"took longer than {self._timeout:g} s")
         return out
@@ -151,7 +151,8 @@ def find_reward(name: str) -> Reward:
         raise ValueError(f"reward {name} can't be found: {error}") from None
     if not callable(found):
         raise ValueError(f"reward {name} must be a function, got {type(found).__name__}")
-    return found
+    reward: Any = found
+    return reward
 
 
 def _name(reward: Reward | str) -> str:

@@ -42,8 +42,15 @@ class Problem(NamedTuple):
 class Task(Protocol):
     """Problems by number, always the same ones."""
 
-    levels: int  #: of difficulty, from 1 on
-    answer_form: str  #: how answers are written: ``"tags"``, between ``<answer>`` and ``</answer>``; ``"whole"``
+    @property
+    def levels(self) -> int:
+        """Of difficulty, from 1 on."""
+        ...
+
+    @property
+    def answer_form(self) -> str:
+        """How answers are written: ``"tags"``, between ``<answer>`` and ``</answer>``; ``"whole"``."""
+        ...
 
     def problem(self, index: int, level: int) -> Problem:
         """The problem of this number, of a level of difficulty."""

@@ -198,12 +198,12 @@ class Tokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
-        ends = [backend.token_to_id(token) for token in ("<|eom_id|>", "<|eot_id|>")]
+        ends = (backend.token_to_id(token) for token in ("<|eom_id|>", "<|eot_id|>"))
         template = file.with_name("chat_template.jinja")
         return cls(
             backend,
             {"bos": bos, "eos": eos},
-            stop_ids=ends,
+            stop_ids=[end for end in ends if end is not None],
             chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
         )
 

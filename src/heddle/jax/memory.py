@@ -173,7 +173,8 @@ def _generation(run: Run) -> Plan:
     room = min(1 << (max(run.seq, LEAST_ROOM) - 1).bit_length(), config.max_position_embeddings)
     piece = next((size for size in PREFILL if size >= run.seq), PREFILL[-1])
     batch, most = run.batch, max(1, _at_once() // (config.parscale_n * piece))
-    some = max(n for n in range(1, min(batch, most) + 1) if batch % n == 0)
+    few = max(n for n in range(1, min(batch, most) + 1) if batch % n == 0)
+    some = few if mesh.size == 1 else batch  # devices share the sequences
     cache = jax.eval_shape(lambda: model.empty_cache(batch, room, run.cache_dtype))
     held = _bytes(cache, mesh, lambda path, _: cache_spec(path))
     sizes = _Sizes.of(dataclasses.replace(run, batch=max(some, run.least("batch"))), piece)

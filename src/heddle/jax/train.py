@@ -33,7 +33,7 @@ from .parallel import Layout, shardings, to_mesh
 #: ``objective(model, batch, rng)`` returns the sum of the batch's losses (float32), the number of tokens it is over,
 #: and further sums to log, divided by the same number. A batch's loss is the one sum over the other, whatever parts it
 #: is computed in, so each token weighs the same.
-Objective = Callable[[Any, Batch, Array], tuple[Array, Array, dict[str, Array]]]
+Objective = Callable[[Any, Any, Array], tuple[Array, Array, dict[str, Array]]]
 
 Variables = Any  #: an nnx.State
 
