@@ -202,6 +202,6 @@ def test_configuration_says_what_examples_are(options, tmp_path):
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     chat = prepare(load_config(None, [*options, f"data.tokenizer={tmp_path / 'tokenizer'}", "data.seq_len=128"]))[0]
-    text = tokenizer.decode(next(chat._data).tokens[0])
+    text = tokenizer.decode(next(chat._data).tokens[0].tolist())
     assert text.startswith("<|im_start|>user\n")
     assert load_config(Path(__file__).parents[2] / "configs" / "sft.yaml").training.objective == "sft"
