@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from heddle.config import Config, DataOptions, ModelOptions, ParScaleOptions, TrainingOptions, load_config
+from heddle.config import Config, load_config
+from heddle.options import DataOptions, ModelOptions, ParScaleOptions, TrainingOptions
 
 
 @pytest.fixture(autouse=True)

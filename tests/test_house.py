@@ -32,19 +32,21 @@ def files(*arguments: str) -> list[Path]:
 # ---------------------------------------------------------------------- imports
 
 # What each room of src/heddle may import of the others. The upper ones may import whatever is below them.
-ROOMS = {"attention": set(), "kernels": set(), "config": set(), "plot": set()}
+ROOMS = {"attention": set(), "kernels": set(), "options": set(), "plot": set()}
+ROOMS["config"] = {"options"}
 ROOMS["mask_options"] = {"attention", "mask_picture"}
 ROOMS["mask_picture"] = {"attention", "plot"}
-ROOMS["data"] = {"attention", "config"}
+ROOMS["data"] = {"attention", "options"}
 ROOMS["metrics"] = {"plot"}
 ROOMS["rewards"] = {"data"}
-ROOMS["run"] = {"config", "data"}
+ROOMS["run"] = {"config", "data", "options"}
 ROOMS["sweep"] = {"config", "metrics", "plot"}
 ROOMS["scaling_law"] = set()
 ROOMS["sweep_compare"] = {"plot", "scaling_law", "sweep"}
 BELOW_WINGS = set(ROOMS)
 ROOMS["torch"] = ROOMS["jax"] = BELOW_WINGS
-ROOMS["serve"] = ROOMS["memory"] = BELOW_WINGS | {"jax"}
+ROOMS["serve"] = BELOW_WINGS | {"jax"}
+ROOMS["memory"] = BELOW_WINGS | {"torch", "jax"}
 ROOMS["bench"] = BELOW_WINGS | {"torch", "jax"}
 ROOMS["quickstart"] = ROOMS["bench"] | {"bench"}
 ROOMS["cli"] = set(ROOMS) | {"serve"}

@@ -12,12 +12,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from heddle.config import Config, MeshOptions, load_config
+from heddle.config import Config, load_config
 from heddle.data.corpora import Reader, open_corpus, tokenized
 from heddle.data.examples import TakeExample, documents, open_examples
 from heddle.data.packing import Batch, Documents, Packer
 from heddle.data.tasks import Problem, Stream, Task, open_task, parse_settings, prompt_encoder
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
+from heddle.options import MeshOptions
 
 #: What a run may change on the way: how long, how often and with how much memory it learns, but not what.
 CHANGEABLE = {

@@ -200,8 +200,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--seq 4k", "--seq must be whole numbers as in 4096,8192, got '4k'"),
-        ("--seq 64,0", "--seq must be at least 1, got 0"),
+        ("--seq 4k", "--seq must be positive whole numbers as in 2,4, got '4k'"),
+        ("--seq 64,0", "--seq must be positive whole numbers as in 2,4, got '64,0'"),
         ("--heads 6 --kv-heads 4", "--heads must be a multiple of --kv-heads, got 6 and 4"),
         ("--documents 0", "--documents must be at least 1, got 0"),
         ("--documents 65", "--documents must be at most the 64 tokens there are, got 65"),

@@ -43,7 +43,7 @@ def test_a_whole_run(folder, tmp_path):
     ("options", "message"),
     [
         ({"replicas": "2,4"}, "--replicas must begin with 1, .*, got 2,4"),
-        ({"batch": "2,1"}, "--batch must be positive integers in order, as in 1,2,4, got 2,1"),
+        ({"batch": "2,1"}, "--batch must be positive whole numbers in order as in 1,2,4, got '2,1'"),
         ({"cross_attn": "all"}, "--cross-attn must be one of none, joint, sublayer, got all"),
         ({"law": "code"}, "--law must be one of stack, pile, got code"),
         ({"tokens": 33}, "--tokens must be at most 32"),

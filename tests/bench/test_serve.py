@@ -75,8 +75,8 @@ def test_a_whole_run(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"clients": "one"}, "--clients must be numbers with commas between them, got one"),
-        ({"clients": "0,4"}, "--clients must be at least 1, got 0"),
+        ({"clients": "one"}, "--clients must be positive whole numbers as in 2,4, got 'one'"),
+        ({"clients": "0,4"}, "--clients must be positive whole numbers as in 2,4, got '0,4'"),
         ({"tokens": 1}, "--tokens must be at least 2, got 1"),
         ({"repeats": 0}, "--repeats must be at least 1, got 0"),
         ({"model": "./nowhere"}, "./nowhere: no such file or folder"),

@@ -12,13 +12,13 @@ import torch
 from compile_once import compile_once  # noqa: F401
 from tiny_models import hugging_face, tokens
 
-from heddle.config import GRPO_LOSSES, GRPOOptions
 from heddle.data.packing import NO_TARGET
 from heddle.jax import grpo as objective
 from heddle.jax.generation import Completion
 from heddle.jax.grpo import RolloutBatch, clipped_surrogate, group_advantages, grpo, log_ratios, token_weights
 from heddle.jax.grpo_rollouts import rollout_batch
 from heddle.jax.model import Transformer
+from heddle.options import GRPO_LOSSES, GRPOOptions
 
 ROWS, SEQ, MOST = 6, 7, 9  #: completions, places, and the most tokens that a completion may have
 KEY = jax.random.key(0)

@@ -165,7 +165,6 @@ def heddle(monkeypatch, capsys, *arguments):
     [
         ("training.batch_size=6", "training.batch_size must be a multiple of grpo.num_generations"),
         ("grpo.max_completion=12", "data.seq_len must be above grpo.max_completion"),
-        ("mesh.fsdp=2", "training.objective=grpo samples on one device: mesh must be all 1"),
         ("framework=torch", "is for framework=jax, but framework is torch"),
         ("grpo.delta=1.1", "grpo.delta must be above 1 + grpo.clip_high"),
         ("grpo.task=[digits]", "grpo.task must be a list of name=value, got 'digits'"),
@@ -184,3 +183,19 @@ def test_what_cannot_be_run_is_one_line(options, monkeypatch, capsys, wrong, mes
     assert code == 2
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(options, tmp_path):
+    """Each whole copy of the model samples its share, and steps are computed over all devices."""
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    more = ["grpo.beta=0.1", "grpo.num_iterations=2", "grpo.importance_cap=2", "training.max_steps=4", FREE]
+    mesh = ["mesh.data=2", "mesh.fsdp=2", "mesh.context=2"]
+    folders = [tmp_path / "alone", tmp_path / "spread"]
+    for folder, sizes in zip(folders, ([], mesh), strict=True):
+        run(load_config(None, [*options, *more, *sizes, f"output={folder}"]))
+    alone, spread = map(curve, folders)
+    assert len(alone) == 4
+    for one, other in zip(alone, spread, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-4)

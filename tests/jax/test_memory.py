@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from heddle.config import TrainingOptions
 from heddle.data.packing import Batch
 from heddle.jax import decoding
 from heddle.jax.lm import lm
@@ -19,6 +18,7 @@ from heddle.jax.model_config import ModelConfig
 from heddle.jax.optimizer import make_optimizer, make_schedule
 from heddle.jax.parallel import dotted, make_mesh, partition_spec, spec
 from heddle.jax.train import Trainer, TrainState
+from heddle.options import TrainingOptions
 
 CONFIG = ModelConfig(
     vocab_size=320, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=8,

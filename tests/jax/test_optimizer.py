@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from heddle.config import OPTIMIZERS, TrainingOptions
 from heddle.jax.optimizer import make_optimizer, make_schedule
+from heddle.options import OPTIMIZERS, TrainingOptions
 
 
 def rates(**options):

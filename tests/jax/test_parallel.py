@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attention_cases import segments
-from heddle.config import TrainingOptions
 from heddle.data.packing import NO_TARGET, Batch, Packer
 from heddle.data.tokenizers import Tokenizer
 from heddle.jax.checkpoint import Safetensors
@@ -41,6 +41,7 @@ from heddle.jax.parallel import (
 )  # fmt: skip
 from heddle.jax.train import Trainer
 from heddle.metrics import read_metrics
+from heddle.options import TrainingOptions
 
 SEQ, ROWS = 32, 4
 SIZES = {
@@ -396,7 +397,7 @@ def curve(output):
 def assert_close(got, want):
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
-        assert a == pytest.approx(b, rel=1e-4), (a, b)
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), (a, b)
 
 
 @pytest.fixture(scope="module")
@@ -461,16 +462,26 @@ def test_without_an_address_a_process_is_alone(monkeypatch):
         initialize("localhost:1", 2, 2)
 
 
+LM = ["data.seq_len=32", "data.window=4096", "training.eval_every=2", "training.eval_batches=1"]
+GRPO = [
+    "training.objective=grpo", "data.corpus=largest", "grpo.task=[digits=2]", "data.seq_len=8", "grpo.max_completion=4",
+    "grpo.num_generations=4", "grpo.rewards=[reward_functions:low_bytes]", "training.eval_every=0", "grpo.beta=0.1",
+    "grpo.num_iterations=2",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-def test_two_processes_train_as_one_device(tmp_path):
+@pytest.mark.parametrize("objective", [LM, GRPO], ids=["lm", "grpo"])
+def test_two_processes_train_as_one_device(tmp_path, objective):
     """`heddle train` on 2 processes of 4 devices: one curve, written once, and one model."""
     overrides = [
         "model.hidden_size=16", "model.intermediate_size=32", "model.num_hidden_layers=1",
-        "model.num_attention_heads=2", "data.seq_len=32", "data.window=4096", "training.max_steps=4",
-        "training.batch_size=8", "training.eval_every=2", "training.eval_batches=1", "training.checkpoint_every=2",
+        "model.num_attention_heads=2", "training.max_steps=4", "training.batch_size=8", "training.checkpoint_every=2",
+        *objective,
     ]  # fmt: skip
     command = [sys.executable, "-m", "heddle", "train", *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     environment.pop("CONFIG_FILE", None)
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     subprocess.run([*command, f"output={alone}"], env=environment, check=True, capture_output=True)

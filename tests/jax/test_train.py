@@ -17,13 +17,13 @@ import pytest
 from compile_once import compile_once  # noqa: F401
 from flax import nnx
 
-from heddle.config import TrainingOptions
 from heddle.data.packing import NO_TARGET, Batch, Packer
 from heddle.jax.lm import lm
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
 from heddle.jax.train import Trainer
 from heddle.metrics import read_metrics
+from heddle.options import TrainingOptions
 
 SEQ = 16
 

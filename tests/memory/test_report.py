@@ -77,7 +77,7 @@ def test_the_largest_that_fits(folder, task, what, other):
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--seq", "0"], "--seq must be at least 1, got 0"),
         (["--task", "generate", "--seq", "97"], "--seq must be at most the model's context of 96 tokens, got 97"),
-        (["--mesh", "pipe=2"], "--mesh must name axes among data, fsdp, context, tensor, got 'pipe'"),
+        (["--mesh", "pipe=2"], "--mesh must name axes among data, fsdp, tensor, context, got 'pipe'"),
         (["--mesh", "data=2,data=2"], "--mesh must name each axis once, got data twice"),
         (["--mesh", "data=x"], "--mesh must give data a size of at least 1, as in data=2; got 'x'"),
         (["--mesh", "data=2", "--batch", "3"], "the batch must be a multiple of the 2 devices of mesh axis"),

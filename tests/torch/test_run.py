@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM
 import heddle.jax.run
 import heddle.torch
 from heddle import cli
-from heddle.config import TrainingOptions, load_config
+from heddle.config import load_config
 from heddle.data.packing import Packer
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import draw, read_metrics
+from heddle.options import TrainingOptions
 from heddle.torch.flops import peak_flops, training_flops
 from heddle.torch.huggingface import dilation
 from heddle.torch.run import make_model, run

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from .arrays import Array, accumulator_dtype, is_concrete, namespace
 from .attend import attend as attend_one_set
 from .attend import check, score_scale
-from .dilated_grids import grids, token_places
+from .dilated_grids import grids, is_writable, token_places
 from .dilated_patterns import Pattern, check_patterns
 from .mask import PADDING_SEGMENT_ID, Mask, _check_segments
 from .merge import merge, over_no_keys
@@ -129,9 +129,12 @@ def dilated_forward(
     """
     xp, seq, wide = namespace(query), query.shape[1], accumulator_dtype(query)
     places, outs, lses = token_places(query, segment_ids, key_padding_mask), [], []
+    # Where it may be, each run of heads is written to its place at once.
+    in_place = all(is_writable(x) for x in (query, key, value)) and wide == query.dtype
+    whole = over_no_keys(query, value.shape[3]) if in_place else None
     for heads, kv_heads, group in _heads_at_once(query, key):
         q, k, v = query[:, :, heads], key[:, :, kv_heads], value[:, :, kv_heads]
-        out, lse = over_no_keys(q, v.shape[3])
+        out, lse = over_no_keys(q, v.shape[3]) if whole is None else (whole[0][:, :, heads], whole[1][:, :, heads])
         for number, pattern in enumerate(patterns):
             for grid in grids(seq, pattern, range(heads.start, heads.stop), is_causal, places):
                 part = attend(grid.rows(q, 1), grid.rows(k, group), grid.rows(v, group), grid.mask(q))
@@ -139,8 +142,12 @@ def dilated_forward(
                 if number:
                     part = merge([(grid.rows(out, 1), grid.rows(lse, 1)), part])
                 out, lse = grid.put(out, part[0]), grid.put(lse, part[1])
+        if whole is not None:
+            continue
         outs.append(xp.astype(out, query.dtype, copy=False))
         lses.append(lse)
+    if whole is not None:
+        return whole
     return (outs[0], lses[0]) if len(outs) == 1 else (xp.concat(outs, axis=2), xp.concat(lses, axis=2))
 
 

@@ -55,7 +55,8 @@ def grids(
     return found
 
 
-def _writable(x: Array) -> bool:
+def is_writable(x: Array) -> bool:
+    """Whether an array, and what is computed from it, may be written to."""
     if framework(x) == "torch":
         return not (sys.modules["torch"].is_grad_enabled() and x.requires_grad)
     return framework(x) == "numpy"
@@ -84,7 +85,7 @@ class Segments(NamedTuple):
         xp = namespace(x)
         if self.rate == 1:  # no offsets: a view, in which key heads stay shared
             rows = self._cut(x)
-        elif _writable(x):
+        elif is_writable(x):
             # A head's rows lie together, as kernels like them.
             rows = xp.stack([self._place(x, *source) for source in self._sources(group)], axis=2)
             rows = xp.reshape(rows, (-1, *rows.shape[2:]))
@@ -99,7 +100,7 @@ class Segments(NamedTuple):
     def put(self, x: Array, rows: Array) -> Array:
         """``x``, written to if it may be, with rows where :meth:`rows` takes them from."""
         xp, rows = namespace(rows), self._by_segment(rows, x)
-        if _writable(x) and _writable(rows):
+        if is_writable(x) and is_writable(rows):
             for i, (head, offset) in enumerate(self._sources(1)):
                 self._place(x, head, offset)[...] = rows[:, :, :, i]
             return x

@@ -96,7 +96,8 @@ def replica_attention(
                 f"prefix must be keys and values of shape ({replicas}, {key.shape[2]}, n, {key.shape[3]}), "
                 f"got {tuple(prefix[0].shape)} and {tuple(prefix[1].shape)}"
             )
-        if prefix_scope == "own" and query.shape[1] == key.shape[1] and attend_own is None:
+        many = query.shape[1] * query.shape[2] >= key.shape[1] * key.shape[2]
+        if prefix_scope == "own" and many and attend_own is None:
             key, value = (_behind(p, x) for p, x in zip(prefix, (key, value), strict=True))
             mask = _mask_behind(mask, prefix[0].shape[2])
         else:
@@ -175,7 +176,8 @@ def attend_replicas(
 
 
 def _behind(prefix: Array, x: Array) -> Array:
-    """Keys (or values) behind each replica's prefix. Without a cache that costs less than a part of its own."""
+    """Keys (or values) behind each replica's prefix. Where they are few beside the queries that costs less than a part
+    of its own."""
     xp, (replicas, kv_heads, n, dim) = namespace(x), prefix.shape
     prefix = xp.permute_dims(prefix, (0, 2, 1, 3))[:, None]
     prefix = xp.broadcast_to(prefix, (replicas, x.shape[0] // replicas, n, kv_heads, dim))

@@ -89,14 +89,6 @@ def _peak_in_a_new_process(problem: Problem, name: str) -> int | None:
             return None
 
 
-def sequence_lengths(text: str) -> list[int]:
-    """``"4096,8192"`` as numbers."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--seq must be whole numbers as in 4096,8192, got {text!r}") from None
-
-
 def run(
     problem: Problem,
     *,

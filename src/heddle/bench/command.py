@@ -44,6 +44,7 @@ def bench_attention(
     Example: heddle bench attention --seq 4096,8192 --documents 8 --backward --out results
     """
     from heddle.bench import attention
+    from heddle.bench.options import counts
 
     problem = attention.Problem(
         batch=batch,
@@ -59,7 +60,7 @@ def bench_attention(
     )
     attention.run(
         problem,
-        seq=attention.sequence_lengths(seq),
+        seq=counts("seq", seq),
         framework=framework,
         peers=peers,
         repeats=repeats,
@@ -75,7 +76,7 @@ def bench_attention(
 @bench.command("decode")
 def bench_decode(
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
-    batch: int = typer.Option(1, help="Sequences at once."),
+    batch: str = typer.Option("1", help="Sequences at once; several with commas."),
     prompt_tokens: int = typer.Option(128, help="Tokens read before the first is generated."),
     tokens: int = typer.Option(128, help="Tokens generated."),
     peers: str = typer.Option("all", help="all, none, or transformers."),
@@ -85,7 +86,7 @@ def bench_decode(
 ) -> None:
     """Measure generation in float32 beside its peers, and beside the speed at which memory gives the weights.
 
-    Example: heddle bench decode --batch 4
+    Example: heddle bench decode --batch 1,16
     """
     from heddle.bench import decode
 

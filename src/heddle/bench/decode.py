@@ -17,6 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from rich.console import Console
 
+from .options import counts
 from .tables import show
 from .timing import interleave, machine, memory_reader
 
@@ -32,7 +33,7 @@ class Contender(Protocol):
 
 def measure(
     contenders: dict[str, Contender],
-    prompts: np.ndarray,
+    prompts: Sequence[np.ndarray],
     tokens: int,
     weight_bytes: int,
     repeats: int,
@@ -42,45 +43,49 @@ def measure(
 
     Args:
         contenders: by name, ours first: the others' tokens are compared with its.
-        prompts: ids ``(batch, prompt)``.
+        prompts: ids ``(batch, prompt)`` of each batch size to measure.
         tokens: to generate.
         weight_bytes: read for each token.
         repeats: rounds that count.
 
     Returns:
-        ``bandwidth``, bytes a second; ``roofline``, tokens a second of one sequence; and ``results``, for each
-        contender its tokens a second over all (``total``) and after the first (``decode``), of the whole batch.
+        ``bandwidth``, bytes a second; ``roofline``, tokens a second of one sequence; and ``results``, for each batch
+        and contender its tokens a second over all (``total``) and after the first (``decode``), of the whole batch.
     """
-    produced: dict[str, np.ndarray] = {}
+    produced: dict[tuple[str, int], np.ndarray] = {}
     steps: dict[str, Callable[[int], object]] = {}
-    for name, contender in contenders.items():
+    for ids in prompts:
+        for name, contender in contenders.items():
 
-        def whole(_: int, name: str = name, contender: Contender = contender) -> None:
-            produced[name] = contender(prompts, tokens)
+            def whole(_: int, name: str = name, contender: Contender = contender, ids: np.ndarray = ids) -> None:
+                produced[name, len(ids)] = contender(ids, tokens)
 
-        steps[name] = whole
-        steps[f"{name}, first token"] = lambda _, contender=contender: contender(prompts, 1)
+            steps[f"{name}, batch {len(ids)}"] = whole
+            steps[f"{name}, batch {len(ids)}, first token"] = lambda _, c=contender, ids=ids: c(ids, 1)
     steps["bandwidth"] = memory_reader(weight_bytes)
     timings = interleave(steps, repeats, tell=tell)
 
-    batch, first = len(prompts), next(iter(contenders))
+    ours = next(iter(contenders))
     bandwidth = weight_bytes / timings["bandwidth"].median
     roofline = bandwidth / weight_bytes
     results = []
-    for name in contenders:
-        total, start = timings[name].median, timings[f"{name}, first token"].median
-        decode = batch * (tokens - 1) / (total - start)
-        results.append(
-            {
-                "name": name,
-                "first_token_s": start,
-                "total_tokens_per_s": batch * tokens / total,
-                "decode_tokens_per_s": decode,
-                "roofline_share": decode / batch / roofline,
-                "same_tokens": _agreement(produced[first], produced[name]),
-                "repeats": repeats,
-            }
-        )
+    for batch in map(len, prompts):
+        for name in contenders:
+            total = timings[f"{name}, batch {batch}"].median
+            start = timings[f"{name}, batch {batch}, first token"].median
+            decode = batch * (tokens - 1) / (total - start)
+            results.append(
+                {
+                    "name": name,
+                    "batch": batch,
+                    "first_token_s": start,
+                    "total_tokens_per_s": batch * tokens / total,
+                    "decode_tokens_per_s": decode,
+                    "roofline_share": decode / batch / roofline,
+                    "same_tokens": _agreement(produced[ours, batch], produced[name, batch]),
+                    "repeats": repeats,
+                }
+            )
     return {"bandwidth": bandwidth, "roofline_tokens_per_s": roofline, "results": results}
 
 
@@ -93,7 +98,7 @@ def _agreement(ours: np.ndarray, theirs: np.ndarray) -> int:
 def run(
     model: str | None = None,
     *,
-    batch: int = 1,
+    batch: str = "1",
     prompt_tokens: int = 128,
     tokens: int = 128,
     peers: str = "all",
@@ -108,13 +113,14 @@ def run(
         ValueError: options that can't be, by the option's name.
     """
     for option, value, least in (
-        ("batch", batch, 1), ("prompt-tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("repeats", repeats, 1),
+        ("prompt-tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("repeats", repeats, 1),
     ):  # fmt: skip
         if value < least:
             raise ValueError(f"--{option} must be at least {least}, got {value}")
     chosen = PEERS if peers == "all" else () if peers == "none" else tuple(peers.split(","))
     if unknown := set(chosen) - set(PEERS):
         raise ValueError(f"--peers must be all, none or of {', '.join(PEERS)}; got {', '.join(sorted(unknown))}")
+    batches = counts("batch", batch)
     from heddle.data.tokenizers import Tokenizer
     from heddle.jax import Transformer
 
@@ -136,13 +142,12 @@ def run(
             "problem": {
                 "model": model or "SmolLM2-135M-Instruct",
                 "dtype": "float32",
-                "batch": batch,
                 "prompt_tokens": prompt_tokens,
                 "tokens": tokens,
                 "weight_bytes": weights_read(transformer),
             },
         }
-        prompts = _prompts(tokenizer, batch, prompt_tokens)
+        prompts = [text_prompts(tokenizer, size, prompt_tokens) for size in batches]
         record |= measure(contenders, prompts, tokens, weights_read(transformer), repeats, status.update)
     text = json.dumps(record, indent=2)
     print(text) if as_json else show(title(record), tables(record), notes(record))
@@ -160,7 +165,7 @@ def weights_read(model: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model)) - unread
 
 
-def _prompts(tokenizer: Any, batch: int, length: int) -> np.ndarray:
+def text_prompts(tokenizer: Any, batch: int, length: int) -> np.ndarray:
     """The beginnings of one text, each a few tokens further on."""
     ids = tokenizer.encode(inspect.getsource(heapq))
     ids = np.resize(ids, length + 7 * batch)
@@ -202,18 +207,34 @@ def _transformers(model: Any) -> Contender:
 def title(record: dict[str, Any]) -> str:
     """The problem in a line."""
     p = record["problem"]
-    return f"{p['model']}, {p['dtype']}, batch {p['batch']}, {p['prompt_tokens']} tokens in, {p['tokens']} out"
+    return f"{p['model']}, {p['dtype']}, {p['prompt_tokens']} tokens in, {p['tokens']} out"
 
 
 def tables(record: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """Header and rows of text."""
-    ours, rows = record["results"][0], []
+    first, ours, rows = {}, {}, []
     for r in record["results"]:
-        row = [r["name"], f"{r['first_token_s']:.3f}", f"{r['total_tokens_per_s']:.1f}"]
-        row += [f"{r['decode_tokens_per_s']:.1f}", f"{r['roofline_share']:.2f}"]
-        row += [f"{ours['decode_tokens_per_s'] / r['decode_tokens_per_s']:.2f}×"]
-        rows.append([*row, f"{r['same_tokens']}/{record['problem']['tokens']}"])
-    return [(["", "first token, s", "tokens/s", "after the first", "of roofline", "heddle is", "same tokens"], rows)]
+        speed = r["decode_tokens_per_s"]
+        row = [r["name"], str(r["batch"]), f"{r['first_token_s']:.3f}", f"{r['total_tokens_per_s']:.1f}"]
+        row += [f"{speed:.1f}", f"{speed / first.setdefault(r['name'], speed):.2f}×", f"{r['roofline_share']:.2f}"]
+        row += [
+            f"{ours.setdefault(r['batch'], speed) / speed:.2f}×",
+            f"{r['same_tokens']}/{record['problem']['tokens']}",
+        ]
+        rows.append(row)
+    of = f"of batch {record['results'][0]['batch']}"
+    header = [
+        "",
+        "batch",
+        "first token, s",
+        "tokens/s",
+        "after the first",
+        of,
+        "of roofline",
+        "heddle is",
+        "same tokens",
+    ]
+    return [(header, rows)]
 
 
 def notes(record: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from heddle.attention.dilated_patterns import Pattern, check_patterns
 
+from .options import integers
 from .tables import show
 from .timing import interleave, machine, peak_memory
 
@@ -181,17 +182,6 @@ def exponent(results: Sequence[dict[str, Any]]) -> float | None:
     return float(np.polyfit(np.log([r["seq"] for r in results]), np.log([r["median_ms"] for r in results]), 1)[0])
 
 
-def integers(text: str, option: str) -> list[int]:
-    """``"2048,4096"`` as positive numbers."""
-    try:
-        found = [int(part) for part in text.split(",") if part]
-    except ValueError:
-        found = [0]
-    if any(n < 1 for n in found):
-        raise ValueError(f"{option} must be positive whole numbers as in 2048,4096, got {text!r}")
-    return found
-
-
 def run(
     *,
     total_tokens: int = 18,
@@ -233,11 +223,9 @@ def run(
         raise ValueError(f"--peers must be all, none or of {', '.join(PEERS)}; got {', '.join(unknown)}")
     if 1 << total_tokens < batch_size:
         raise ValueError(f"--batch-size must be at most the {1 << total_tokens} tokens there are, got {batch_size}")
-    patterns = check_patterns(
-        integers(segment_lengths, "--segment-lengths"), integers(dilation_rates, "--dilation-rates")
-    )
+    patterns = check_patterns(integers("segment-lengths", segment_lengths), integers("dilation-rates", dilation_rates))
     problem = Problem(1, 1, heads, head_dim, patterns, causal, backward, dtype, device)
-    lengths, results, absent = integers(seq, "--seq"), [], {}
+    lengths, results, absent = integers("seq", seq), [], {}
     with Console(stderr=True).status("") as status:
         for each_sweep in SWEEPS if sweep == "both" else (sweep,):
             names = [*OURS, *chosen]

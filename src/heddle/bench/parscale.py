@@ -21,7 +21,8 @@ from rich.console import Console
 
 from heddle.scaling_law import LAWS, growth, loss
 
-from .decode import _prompts as text_prompts
+from .decode import text_prompts
+from .options import counts
 from .tables import show
 from .timing import interleave, machine
 
@@ -47,8 +48,8 @@ def run(
     Raises:
         ValueError: options that can't be, by the option's name.
     """
-    counts, batches = _counts("replicas", replicas), _counts("batch", batch)
-    if counts[0] != 1:
+    numbers, batches = counts("replicas", replicas), counts("batch", batch)
+    if numbers[0] != 1:
         raise ValueError(f"--replicas must begin with 1, which the others are compared with, got {replicas}")
     for option, value, known in (("cross-attn", cross_attn, CROSS_ATTN), ("law", law, LAWS)):
         if value not in known:
@@ -63,14 +64,14 @@ def run(
         raise ValueError(f"--tokens must be at most {decoding.STEPS}, as many as one call decodes, got {tokens}")
     with Console(stderr=True).status("loading") as status:
         tokenizer = Tokenizer.from_pretrained(model)
-        models = {count: _load(model, count, cross_attn) for count in counts}
+        models = {count: _load(model, count, cross_attn) for count in numbers}
         base = models[1]
         needed, context = prompt_tokens + 1 + tokens * (repeats + 1), base.config.max_position_embeddings
         if needed > context:
             raise ValueError(
                 f"--prompt-tokens and --tokens must fit in the context of {context} with all rounds, got {needed}"
             )
-        scaled = {count: _deeper(base, growth(count, law)) for count in counts if count > 1}
+        scaled = {count: _deeper(base, growth(count, law)) for count in numbers if count > 1}
         results = []
         for size in batches:
             said = f"batch {size}, "
@@ -91,7 +92,7 @@ def run(
                 "tokens": tokens,
                 "repeats": repeats,
                 "weight_bytes": _bytes(base),
-                "law_loss": {str(count): loss(_layer_parameters(base), count, law) for count in counts},
+                "law_loss": {str(count): loss(_layer_parameters(base), count, law) for count in numbers},
             },
             "results": results,
         }
@@ -102,16 +103,6 @@ def run(
         (Path(out) / "parscale.json").write_text(text + "\n")
         page(record, Path(out) / "parscale.html")
     return record
-
-
-def _counts(option: str, text: str) -> list[int]:
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1 or sorted(set(counts)) != counts:
-        raise ValueError(f"--{option} must be positive integers in order, as in 1,2,4, got {text}")
-    return counts
 
 
 # ---------------------------------------------------------------- what is measured

@@ -25,6 +25,7 @@ from typing import Any
 
 from rich.console import Console
 
+from .options import counts
 from .tables import show
 from .timing import interleave, machine
 
@@ -148,12 +149,9 @@ def run(
     Raises:
         ValueError: options that can't be, by the option's name.
     """
-    try:
-        counts = sorted({int(count) for count in clients.split(",")})
-    except ValueError:
-        raise ValueError(f"--clients must be numbers with commas between them, got {clients}") from None
+    numbers = counts("clients", clients)
     for option, value, least in (
-        ("clients", counts[0], 1), ("prompt-tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("repeats", repeats, 1),
+        ("prompt-tokens", prompt_tokens, 1), ("tokens", tokens, 2), ("repeats", repeats, 1),
     ):  # fmt: skip
         if value < least:
             raise ValueError(f"--{option} must be at least {least}, got {value}")
@@ -170,11 +168,11 @@ def run(
         return (digits + (text[begin:] + text) * (1 + prompt_tokens // len(text)))[:prompt_tokens]
 
     # Every client's answer is under way at once.
-    arguments = ["--warm-up", "--max-batch", str(counts[-1]), "--max-queue", str(2 * counts[-1])]
+    arguments = ["--warm-up", "--max-batch", str(numbers[-1]), "--max-queue", str(2 * numbers[-1])]
     with Console(stderr=True).status("starting the server") as status, server(model, arguments) as (url, name):
         results = measure(
             lambda number: ask(url, name, prompt(number), tokens),
-            counts,
+            numbers,
             lambda count: max(2 * count, 4) if count < 16 else count,
             repeats,
             status.update,

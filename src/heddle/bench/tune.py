@@ -14,6 +14,7 @@ from rich.table import Table
 
 from heddle.attention import Mask
 
+from .options import counts
 from .timing import Timing, interleave
 
 SIZES = {
@@ -123,9 +124,9 @@ def run(head_dim: str, repeats: int, tiles: str | None) -> Path:
     """
     if repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {repeats}")
-    dims = [int(dim) if dim.strip().isdecimal() else 0 for dim in head_dim.split(",")]
-    if any(not 1 <= dim <= 256 for dim in dims):
-        raise ValueError(f"--head-dim must be whole numbers from 1 to 256 as in 64,128, got {head_dim!r}")
+    dims = counts("head-dim", head_dim)
+    if dims[-1] > 256:
+        raise ValueError(f"--head-dim must be at most 256, got {head_dim}")
     import torch
 
     from heddle.kernels import plan

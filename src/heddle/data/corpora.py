@@ -22,7 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from heddle.config import ON_ERROR
+from heddle.options import ON_ERROR
 
 from .packing import Documents
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from heddle.config import OVERLONG, SFT_FORMS, SFT_LOSSES
+from heddle.options import OVERLONG, SFT_FORMS, SFT_LOSSES
 
 from .chat import ASSISTANT, Message, Span, assistant_spans, opening, render
 from .corpora import (

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from heddle.config import ANSWER_FORMS, SFT_FORMS
+from heddle.options import ANSWER_FORMS, SFT_FORMS
 
 from .chat import Message
 from .corpora import is_held_out, open_records

@@ -68,7 +68,7 @@ def prefill(structure: Any, leaves: list, cache: Cache, last_bd: Array, tokens: 
 def _at_once() -> int:
     """Tokens of all rows that are read at once, at most: on a CPU so few that activations stay in its caches, with
     weights still read seldom enough; elsewhere so many that activations take little beside the weights."""
-    return 1024 if jax.default_backend() == "cpu" else 16384
+    return 512 if jax.default_backend() == "cpu" else 16384
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)

@@ -20,8 +20,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from heddle.attention.arrays import Array
-from heddle.config import GRPO_LOSSES, RATIO_LEVELS, SCALE_REWARDS, GRPOOptions
 from heddle.data.packing import NO_TARGET
+from heddle.options import GRPO_LOSSES, RATIO_LEVELS, SCALE_REWARDS, GRPOOptions
 
 from .logits import log_probabilities
 from .parallel import Layout

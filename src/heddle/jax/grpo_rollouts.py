@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from heddle.attention.mask import PADDING_SEGMENT_ID
-from heddle.config import GRPOOptions
 from heddle.data.packing import NO_TARGET
 from heddle.data.tasks import Problem, Stream
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import Record
+from heddle.options import GRPOOptions
 from heddle.rewards import RewardPool
 
+from .answer import TokenLogprobs
 from .engine import Engine, Request
 from .generation import Completion
 from .grpo import RolloutBatch, group_advantages, token_weights
+from .parallel import copies, of_all_processes
 from .sampling import sampler
 
 LENGTH = "length"  #: why a completion ended that was cut
@@ -63,7 +68,7 @@ class Rollouts:
         self.rows, self.row_len = rows, row_len
         self.problems, self.rewards = problems, rewards
         self._encode, self._tokenizer, self._options, self._seed = encode, tokenizer, options, seed
-        self._count, self._engine = 0, None
+        self._count, self._engines = 0, []
         self._level = 1 if options.curriculum else problems.task.levels
         self._recent: deque[float] = deque(maxlen=options.curriculum_prompts)
 
@@ -85,9 +90,7 @@ class Rollouts:
         levels = random.integers(easiest, self._level, self.rows // group, endpoint=True).tolist()
         problems = [self.problems.take(level) for level in levels]
         prompts = [self._encode(problem.prompt) for problem in problems]
-        groups = self._sample(model, prompts, group)
-        completions = [completion for group in groups for completion in group]
-        each = self._reward([problem for problem in problems for _ in range(group)], completions)
+        completions, each = self._answer(model, problems, prompts, group, self._count)
         total = self.rewards.total(each)
         advantages, flat = group_advantages(total.reshape(-1, group), options.scale_rewards)
         batch = rollout_batch(
@@ -101,50 +104,82 @@ class Rollouts:
 
     def evaluate(self, model: Any, problems: Sequence[Problem]) -> Record:
         """The mean reward of one completion of each of ``problems``, sampled as in training, always the same way."""
-        completions = [c for [c] in self._sample(model, [self._encode(p.prompt) for p in problems], 1, count=-1)]
-        total = self.rewards.total(self._reward(problems, completions))
+        prompts = [self._encode(problem.prompt) for problem in problems]
+        completions, each = self._answer(model, problems, prompts, 1, count=-1)
+        total = self.rewards.total(each)
         lengths = [len(completion.tokens) for completion in completions]
         return {"eval_reward": _mean(total), "eval_completion_tokens": float(np.mean(lengths))}
+
+    def _answer(
+        self, model: Any, problems: Sequence[Problem], prompts: Sequence[list[int]], group: int, count: int
+    ) -> tuple[list[Completion], np.ndarray]:
+        """The completions of all prompts and their rewards. Each process samples and rewards its share."""
+        longest, room = max(map(len, prompts)), self.row_len - self._options.max_completion
+        if longest > room:
+            raise ValueError(
+                f"data.seq_len must have room for a prompt of {longest} tokens and grpo.max_completion more, "
+                f"{longest + self._options.max_completion}; got {self.row_len}"
+            )
+        first, step = jax.process_index(), jax.process_count()
+        groups = self._sample(model, prompts[first::step], range(first, len(prompts), step), group, count)
+        mine = [completion for completions in groups for completion in completions]
+        asked = [problem for problem in problems[first::step] for _ in range(group)]
+        rewards = self._reward(asked, mine) if mine else np.zeros((0, len(self.rewards.names)))
+        if step == 1:
+            return mine, rewards
+        completions: list[Any] = [None] * (len(prompts) * group)
+        each = np.zeros((len(completions), len(self.rewards.names)))
+        told = of_all_processes({"completions": [dataclasses.asdict(c) for c in mine], "rewards": rewards.tolist()})
+        for process, share in enumerate(told):
+            numbers = [n * group + i for n in range(process, len(prompts), step) for i in range(group)]
+            for number, fields, row in zip(numbers, share["completions"], share["rewards"], strict=True):
+                completions[number], each[number] = _completion(fields), row
+        return completions, each
 
     def _reward(self, problems: Sequence[Problem], completions: Sequence[Completion]) -> np.ndarray:
         texts = [completion.text for completion in completions]
         return self.rewards([p.prompt for p in problems], texts, [p.fields for p in problems])
 
     def _sample(
-        self, model: Any, prompts: Sequence[list[int]], group: int, count: int | None = None
+        self, model: Any, prompts: Sequence[list[int]], numbers: Sequence[int], group: int, count: int
     ) -> list[list[Completion]]:
-        options, room = self._options, self.row_len - self._options.max_completion
-        longest = max(map(len, prompts))
-        if longest > room:
-            raise ValueError(
-                f"data.seq_len must have room for a prompt of {longest} tokens and grpo.max_completion more, "
-                f"{longest + options.max_completion}; got {self.row_len}"
-            )
-        engine = self._with(model)
+        """A group for each prompt, whose numbers among all say what is random; dealt over the engines there are."""
+        options, engines = self._options, self._with(model)
         choice = sampler(options.temperature, options.top_k, options.top_p)
         requests = [
             Request(
                 prompt, options.max_completion, choice, seed=self._seed_of(count, number), n=group,
                 stop_ids=options.stop_ids, logprobs=None if options.importance_cap is None else 0,
             )
-            for number, prompt in enumerate(prompts)
+            for number, prompt in zip(numbers, prompts, strict=True)
         ]  # fmt: skip
-        return engine.run(requests)
+        if len(engines) == 1:
+            return engines[0].run(requests)
+        groups: list[Any] = [None] * len(requests)
+        with ThreadPoolExecutor(len(engines)) as pool:
+            shares = [requests[at :: len(engines)] for at in range(len(engines))]
+            for at, answers in enumerate(pool.map(Engine.run, engines, shares)):
+                groups[at :: len(engines)] = answers
+        return groups
 
-    def _seed_of(self, count: int | None, number: int) -> int:
+    def _seed_of(self, count: int, number: int) -> int:
         """Of the first completion of a prompt; the others of its group take the numbers after it."""
-        entropy = [self._seed, (self._count if count is None else count) + 1, number]
-        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        return int(np.random.SeedSequence([self._seed, count + 1, number]).generate_state(1)[0])
 
-    def _with(self, model: Any) -> Engine:
-        """The engine, with these weights."""
-        if self._engine is None:
-            size = 32
-            blocks = self.rows * -(-self.row_len // size)
-            self._engine = Engine(model, self._tokenizer, max_batch=self.rows, blocks=blocks, block_size=size)
+    def _with(self, model: Any) -> list[Engine]:
+        """The engines, with these weights: one for each whole copy of the model that the devices hold."""
+        models = copies(model)
+        if not self._engines:
+            size, rows = 32, -(-self.rows // (len(models) * jax.process_count()))
+            rows = max(rows, self._options.num_generations)
+            blocks = rows * -(-self.row_len // size)
+            self._engines = [
+                Engine(each, self._tokenizer, max_batch=rows, blocks=blocks, block_size=size) for each in models
+            ]
         else:
-            self._engine.update(model)
-        return self._engine
+            for engine, each in zip(self._engines, models, strict=True):
+                engine.update(each)
+        return self._engines
 
     def _climb(self, levels: list[int], rewards: np.ndarray) -> None:
         """Mix the next level in once the highest one is mastered."""
@@ -217,6 +252,13 @@ def _measured(
         "longest_completion": int(lengths.max()),
         "truncated": float(np.mean([completion.finish_reason == LENGTH for completion in completions])),
     }
+
+
+def _completion(fields: dict[str, Any]) -> Completion:
+    """A completion of its fields, when JSON has been in between."""
+    told = fields["logprobs"]
+    logprobs = None if told is None else tuple(TokenLogprobs(chosen, tuple(map(tuple, top))) for chosen, top in told)
+    return Completion(**fields | {"tokens": tuple(fields["tokens"]), "logprobs": logprobs})
 
 
 def _mean(values: np.ndarray) -> float:

@@ -16,12 +16,13 @@ import numpy as np
 from flax import nnx
 
 from heddle.attention.arrays import Array
-from heddle.config import GRPOOptions, TrainingOptions
 from heddle.data.tasks import Problem
 from heddle.metrics import Record
+from heddle.options import GRPOOptions, TrainingOptions
 
 from .grpo import RolloutBatch, completion_log_probabilities, grpo
 from .grpo_rollouts import Rollouts
+from .parallel import to_host
 from .train import Trainer, TrainState
 
 
@@ -32,7 +33,8 @@ class GRPOTrainer(Trainer):
     run goes on exactly from anywhere. The reference is kept of what is trained alone: of adapters it is the base model.
 
     Args:
-        model: as of :class:`Trainer`, on one device.
+        model: as of :class:`Trainer`. On a mesh completions are sampled by whole copies of the model, each on the
+            devices along ``tensor``, and of several processes by each its share.
         rollouts: where batches come from.
         options: how to train.
         output: the run's folder.
@@ -114,7 +116,8 @@ class GRPOTrainer(Trainer):
         rows = self.options.batch_size // self.options.accumulation
         bare = batch._replace(old=None, reference=None, sampled=None)  # one program for both
         parts = [jax.tree.map(itemgetter(slice(at, at + rows)), bare) for at in range(0, len(batch.tokens), rows)]
-        return np.concatenate([np.asarray(self._log_probabilities(variables, part)) for part in parts])
+        placed = (self._placed(part, "batch", "seq") for part in parts)
+        return np.concatenate([to_host(self._log_probabilities(variables, part)) for part in placed])
 
     def _of_batch(self, variables: Any, batch: RolloutBatch) -> Array:
         model = nnx.merge(self._graph, variables)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from heddle.config import TrainingOptions
+from heddle.options import TrainingOptions
 
 from .cache import DTYPES, cache_dtype
 from .decoding import _at_once
@@ -39,6 +39,9 @@ from .parallel import (
 from .xla import KEYS, QUERY_ROWS, STEP
 
 TASKS = ("train", "generate")
+
+
+read_config = ModelConfig.from_pretrained
 
 
 @dataclass(frozen=True)

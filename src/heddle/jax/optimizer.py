@@ -8,7 +8,7 @@ import jax
 import optax
 import optax.contrib
 
-from heddle.config import TrainingOptions
+from heddle.options import TrainingOptions
 
 from .parallel import dotted
 

@@ -7,6 +7,8 @@ tokens of a row). What is not named in :data:`AXES` and :data:`PARAMETERS` is wh
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -33,9 +35,9 @@ from .context_parallel import (
 )
 
 __all__ = [
-    "AXES", "MESH_AXES", "PARAMETERS", "Layout", "check_parameters", "context_attend", "create", "initialize",
-    "make_mesh", "parameter_axes", "partition_spec", "permute_tokens", "place", "shard", "shardings", "spec",
-    "unpermute_tokens", "unshard",
+    "AXES", "MESH_AXES", "PARAMETERS", "Layout", "check_parameters", "context_attend", "copies", "create",
+    "initialize", "make_mesh", "of_all_processes", "parameter_axes", "partition_spec", "permute_tokens", "place",
+    "shard", "shardings", "spec", "unpermute_tokens", "unshard",
 ]  # fmt: skip
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")  #: the last lies closest together
@@ -230,6 +232,68 @@ def place(model: M, mesh: Mesh) -> M:
     placed: Any = jax.tree.map(jax.device_put, model, shardings(model, mesh))
     placed.mesh = mesh
     return placed
+
+
+def copies(model: M) -> list[M]:
+    """The model whole, as often as this process's devices can hold it: each copy is spread over ``tensor`` alone.
+
+    What lies over ``fsdp`` is gathered by all processes together; arrays that are whole already aren't copied.
+
+    Raises:
+        ValueError: devices along ``tensor`` of several processes.
+    """
+    mesh: Mesh | None = getattr(model, "mesh", None)
+    if mesh is None:
+        return [model]
+    groups = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    whose = [{device.process_index for device in group} for group in groups]
+    if any(len(processes) > 1 for processes in whose):
+        raise ValueError(
+            f"the {mesh.shape['tensor']} devices along tensor must be of one process for it to hold the model whole, "
+            f"got those of processes {sorted(set().union(*whose))}"
+        )
+    leaves, structure = jax.tree.flatten(model)
+    kept = [_along(x.sharding.spec, "tensor") for x in leaves]
+    whole = _moved(tuple(NamedSharding(mesh, spec) for spec in kept))(leaves)
+    found = []
+    for group, processes in zip(groups, whose, strict=True):
+        if processes == {jax.process_index()}:
+            own = Mesh(group.reshape(1, 1, 1, -1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+            parts = [[shard.data for shard in x.addressable_shards if shard.device in group] for x in whole]
+            arrays = [
+                jax.make_array_from_single_device_arrays(x.shape, NamedSharding(own, spec), part)
+                for x, spec, part in zip(whole, kept, parts, strict=True)
+            ]
+            copy: Any = jax.tree.unflatten(structure, arrays)
+            copy.mesh = own
+            found.append(copy)
+    return found
+
+
+def _along(spec: PartitionSpec, axis: str) -> PartitionSpec:
+    """What a spec says of one mesh axis alone."""
+    given = (names if isinstance(names, tuple) else (names,) for names in spec)
+    return PartitionSpec(*(axis if axis in names else None for names in given))
+
+
+@functools.lru_cache(maxsize=4)
+def _moved(where: tuple[NamedSharding, ...]) -> Callable[[list[Array]], list[Array]]:
+    """What moves arrays; compiled once."""
+    return jax.jit(lambda arrays: arrays, out_shardings=list(where))
+
+
+def of_all_processes(mine: Any) -> list[Any]:
+    """What each process has, as JSON has it, in their order; all of them have to ask."""
+    if jax.process_count() == 1:
+        return [mine]
+    from jax.experimental.multihost_utils import process_allgather
+
+    text = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+    lengths = np.asarray(process_allgather(np.int32(len(text)))).reshape(-1)
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = np.asarray(process_allgather(padded)).reshape(len(lengths), -1)
+    return [json.loads(row[:length].tobytes()) for row, length in zip(rows, lengths, strict=True)]
 
 
 def create(build: Callable[[], M], mesh: Mesh | None) -> M:

@@ -22,9 +22,9 @@ from jaxtyping import Int, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from heddle.attention.arrays import Array
-from heddle.config import TrainingOptions
 from heddle.data.packing import Batch, ahead
 from heddle.metrics import MetricsFile, Record
+from heddle.options import TrainingOptions
 from heddle.run import Stop, due, stop_on_signals
 
 from .optimizer import make_optimizer, make_schedule

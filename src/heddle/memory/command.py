@@ -10,6 +10,7 @@ from heddle.data.locate import EMBEDDED, MODEL
 def memory(
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
     task: str = typer.Option("train", help="train, or generate."),
+    framework: str = typer.Option("jax", help="jax, or torch: heddle train framework=torch, and transformers."),
     batch: int | None = typer.Option(None, help="Sequences at once, over all devices.",
                                      show_default="the least that the devices share"),
     seq: int | None = typer.Option(None, help="Tokens of a sequence; of generate, prompt and answer together.",
@@ -36,6 +37,7 @@ def memory(
     from heddle.memory import report
 
     report.show(
-        model, task, batch=batch, seq=seq, mesh=mesh, optimizer=optimizer, accumulation=accumulation, remat=remat,
-        dtype=dtype, param_dtype=param_dtype, cache_dtype=cache_dtype, find=find, within=within, as_json=json, out=out,
+        model, task, framework=framework, batch=batch, seq=seq, mesh=mesh, optimizer=optimizer,
+        accumulation=accumulation, remat=remat, dtype=dtype, param_dtype=param_dtype, cache_dtype=cache_dtype,
+        find=find, within=within, as_json=json, out=out,
     )  # fmt: skip

@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from heddle import plot
-from heddle.jax.memory import Plan, Run, plan
-from heddle.jax.model_config import ModelConfig
-from heddle.jax.parallel import MESH_AXES
+from heddle.options import MeshOptions
 
 from . import units
 
 LONGEST_BAR = 40
+MESH_AXES = tuple(option.name for option in dataclasses.fields(MeshOptions))
+FRAMEWORKS = ("jax", "torch")
+
+
+@runtime_checkable
+class Run(Protocol):
+    """What is planned: :class:`heddle.jax.memory.Run`, :class:`heddle.torch.memory.Run`, which are dataclasses."""
+
+    config: Any
+    task: str
+    batch: int
+    seq: int
+    mesh: dict[str, int]
+
+    @property
+    def devices(self) -> int: ...
+
+    def least(self, what: str) -> int: ...
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """Bytes on each device, by what takes them, and at the peak."""
+
+    run: Any
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int: ...
 
 
 def show(
     model: str | None,
     task: str,
     *,
+    framework: str = "jax",
     batch: int | None = None,
     seq: int | None = None,
     mesh: str = "",
@@ -37,13 +67,23 @@ def show(
     """Print the plan of a run; with ``find`` of the largest that fits.
 
     Args:
-        model, task, batch, seq, mesh, find, within, out: as ``heddle memory`` has them.
-        options: what else :class:`heddle.jax.memory.Run` takes.
+        model, task, framework, batch, seq, mesh, find, within, out: as ``heddle memory`` has them.
+        options: what else :class:`heddle.jax.memory.Run` or :class:`heddle.torch.memory.Run` takes, or None.
 
     Raises:
         ValueError: an option out of range, sizes that the devices can't share equally, nothing that fits.
     """
-    config = ModelConfig.from_pretrained(model)
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"--framework must be one of {', '.join(FRAMEWORKS)}; got {framework!r}")
+    if framework == "torch":
+        from heddle.torch import memory as planner
+    else:
+        from heddle.jax import memory as planner
+    options = {name: value for name, value in options.items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(planner.Run)}
+    if strange := [name for name in options if name not in fields]:
+        raise ValueError(f"--{strange[0].replace('_', '-')} does not go with --framework {framework}")
+    config = planner.read_config(model)
     given = {"batch": batch, "seq": seq}
     if find is not None and find not in given:
         raise ValueError(f"--find must be batch or seq, got {find!r}")
@@ -54,15 +94,15 @@ def show(
     context = config.max_position_embeddings
     sizes = parse_mesh(mesh)
     least = sizes.get("data", 1) * sizes.get("fsdp", 1) * options.get("accumulation", 1)
-    run = Run(
+    run = planner.Run(
         config, task, least if batch is None else batch, min(1024, context) if seq is None else seq, mesh=sizes,
         **options,
     )  # fmt: skip
     room = None
     if find is not None and within is not None:
         room = units.parse("--bytes", within)
-        run = largest(run, find, room)
-    found = plan(run)
+        run = largest(planner.plan, run, find, room)
+    found = planner.plan(run)
     name = Path(model).stem if model else "SmolLM2-135M-Instruct"
     files = write(found, name, out) if out else []
     if as_json:
@@ -92,36 +132,48 @@ def parse_mesh(text: str) -> dict[str, int]:
     return mesh
 
 
-def largest(run: Run, what: str, room: int) -> Run:
+def largest(plan: Callable[[Any], Plan], run: Any, what: str, room: int) -> Any:
     """The run with the largest batch, or sequences, that takes no more than ``room`` bytes on a device.
 
     Raises:
-        ValueError: the least that the devices can share takes more.
+        ValueError: the least that there can be takes more.
     """
     step = run.least(what)
     most = run.config.max_position_embeddings // step if what == "seq" else 2**40 // step
 
-    def at(count: int) -> Run:
-        return dataclasses.replace(run, **{what: count * step})
+    def total(count: int) -> int:
+        return plan(dataclasses.replace(run, **{what: count * step})).total
 
-    if most < 1 or (least := plan(at(1)).total) > room:
+    if most < 1 or (least := total(1)) > room:
         needs = "" if most < 1 else f": {what} {step} takes {units.show(least)}"
         raise ValueError(f"--bytes must have room for the least {what} there is{needs}; got {units.show(room)}")
-    low, high = 1, 2  # what fits, and what might not
-    while high <= most and plan(at(high)).total <= room:
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if plan(at(middle)).total <= room else (low, middle)
-    return at(low)
+    low, fits, high, over = 1, least, most + 1, None  # what fits and what doesn't, or can't be; what they take
+    for turn in itertools.count():
+        if high - low <= 1:
+            break
+        if over is None:
+            guess = 2 * low
+        elif turn % 3:  # memory grows nearly in a straight line
+            guess = low + (room - fits) * (high - low) // (over - fits)
+        else:
+            guess = (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        if (taken := total(guess)) <= room:
+            low, fits = guess, taken
+        else:
+            high, over = guess, taken
+    return dataclasses.replace(run, **{what: low * step})
 
 
 def figures(found: Plan, name: str) -> dict[str, Any]:
     """The plan as JSON values, in bytes a device."""
     run = found.run
     settings = {field.name: getattr(run, field.name) for field in dataclasses.fields(run) if field.name != "config"}
-    return {"model": name, **settings, "devices": run.devices, "parts": found.parts, "total": found.total}
+    framework = type(found).__module__.split(".")[1]
+    return {
+        "model": name, "framework": framework, **settings, "devices": run.devices, "parts": found.parts,
+        "total": found.total,
+    }  # fmt: skip
 
 
 def picture(found: Plan, name: str) -> plot.Picture:

@@ -23,11 +23,12 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from heddle.config import TrainingOptions
 from heddle.data.packing import NO_TARGET, Batch, Packer, ahead
 from heddle.metrics import MetricsFile, Record, check_tracker
+from heddle.options import TrainingOptions
 from heddle.run import Stop, due, stop_on_signals
 
 from .flops import peak_flops, training_flops
@@ -68,11 +69,54 @@ def make_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter])
     groups = [group for group in groups if group["params"]]
     betas = (options.beta1, options.beta2)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, eps=options.epsilon)
-    for p in parameters:  # as its first step would; now, so that a checkpoint has the same tensors at any step
+    # As its first step would; now, so that a checkpoint has the same tensors at any step. torch.tensor: of a step on
+    # tensors without values (heddle.torch.memory) only what is made so has a value that the optimiser can read.
+    for p in parameters:
         optimizer.state[p] = {
-            "step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
+            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
         }  # fmt: skip
     return optimizer
+
+
+def recompute(model: Any) -> None:
+    """Have a Hugging Face model compute each layer again in the backward pass, and keep its input alone."""
+    names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers' new and old one
+    next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
+
+
+def shard(model: Any, bfloat16: bool, mesh: DeviceMesh | None = None) -> Any:
+    """Spread each decoder layer, and the rest of the model, over the processes (FSDP2), in place; None: over all."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
+    names = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def summed_loss(model: Any, tokens: Tensor, targets: Tensor, positions: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """The sum of the losses of packed rows, ``(rows, row_len)`` each, in float32."""
+    labels = torch.where(targets == NO_TARGET, IGNORED, targets).long()
+    output = model(
+        input_ids=tokens.long(),
+        position_ids=positions.long(),
+        segment_ids=segment_ids,
+        labels=labels,
+        shift_labels=labels,  # targets are the next tokens already, across a document's cuts too
+        num_items_in_batch=1,  # the sum, not a mean
+        use_cache=False,
+    )
+    return output.loss
+
+
+def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
+    """Clip the gradients by their global norm, if there is a ``most``; returns what it was."""
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
+    if most is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 class Trainer:
@@ -129,11 +173,11 @@ class Trainer:
             )
         self._description = description or {}
         if options.remat != "none":
-            names = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # transformers' new and old one
-            next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
+            recompute(model)
         self._flops = training_flops(model)
         self._peak = peak_flops(self.accelerator.device, torch.bfloat16 if bfloat16 else torch.float32)
-        self.model = self._shard(model.to(self.accelerator.device), bfloat16)
+        model = model.to(self.accelerator.device)
+        self.model = model if self._processes == 1 else shard(model, bfloat16)
         self._trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self._optimizer = make_optimizer(options, self._trained.values())
 
@@ -253,7 +297,7 @@ class Trainer:
         signal = stop.signal  # read once: the processes must agree whether one has come
         came = torch.tensor(float(signal is not None), device=total.device)
         sums = self._sum(torch.stack([total, came]))
-        norm = self._clip()
+        norm = clip(self._trained.values(), self.options.clip).item()
         rate = learning_rate(self.options, self.step)
         loss = sums[0].item() / max(targets, 1)
         finite = math.isfinite(loss) and math.isfinite(norm)
@@ -270,27 +314,8 @@ class Trainer:
     def _loss(self, rows: Batch) -> Tensor:
         """The sum of the losses of this process's rows, in float32."""
         inputs = {name: torch.from_numpy(x).to(self.accelerator.device) for name, x in rows._asdict().items()}
-        labels = torch.where(inputs["targets"] == NO_TARGET, IGNORED, inputs["targets"]).long()
         with self.accelerator.autocast():
-            output = self.model(
-                input_ids=inputs["tokens"].long(),
-                position_ids=inputs["positions"].long(),
-                segment_ids=inputs["segment_ids"],
-                labels=labels,
-                shift_labels=labels,  # targets are the next tokens already, across a document's cuts too
-                num_items_in_batch=1,  # the sum, not a mean
-                use_cache=False,
-            )
-        return output.loss
-
-    def _clip(self) -> float:
-        """Clip the gradients by their global norm, which is returned."""
-        grads = [p.grad for p in self._trained.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
-        if self.options.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), self.options.clip, norm)
-        return norm.item()
+            return summed_loss(self.model, **inputs)
 
     def _give_up(self, batch: Batch) -> FloatingPointError:
         path = self.output / f"nonfinite-{self.step}.npz"
@@ -302,17 +327,6 @@ class Trainer:
         )
 
     # ------------------------------------------------------------------ processes
-
-    def _shard(self, model: Any, bfloat16: bool) -> Any:
-        if self._processes == 1:
-            return model
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bfloat16 else MixedPrecisionPolicy()
-        names = set(model._no_split_modules or ())
-        for module in model.modules():
-            if type(module).__name__ in names:
-                fully_shard(module, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-        return model
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         for part in range(self.options.accumulation):
