@@ -20,7 +20,9 @@ import heddle.torch.parscale
 from heddle import cli
 from heddle.config import load_config
 from heddle.data.tokenizers import Tokenizer
+from heddle.jax.engine import Engine
 from heddle.jax.generation import generate
+from heddle.jax.longnet import LongNetConfig, LongNetLM
 from heddle.jax.model import Transformer
 from heddle.jax.parscale import is_new
 from heddle.jax.run import make_model, prepare, run
@@ -266,3 +268,26 @@ def test_generate_continues_with_a_parscale_folder(options, tmp_path, monkeypatc
     assert code == 0
     expected = generate(Transformer.from_pretrained(model), Tokenizer.bytes(), "the cat", max_tokens=5)[0]
     assert json.loads(out)["text"] == expected.text
+
+
+def test_a_longnet_folder_is_trained_further_evaluated_and_generates(options, corpus, tmp_path, monkeypatch, capsys):
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LongNetConfig(**sizes, num_attention_heads=2, segment_lengths=(16, 64), dilation_rates=(1, 4))
+    LongNetLM(config, rngs=nnx.Rngs(0)).save_pretrained(tmp_path / "start", Tokenizer.bytes())
+    further = [o for o in options if not o.startswith("model.")] + [f"training.base_model={tmp_path / 'start'}"]
+    trainer = run(load_config(None, [*further, "data.tokenizer=bytes"]))
+    assert isinstance(trainer.model, LongNetLM)
+    evaluated = [e for _, _, e in losses(tmp_path / "run") if e is not None]
+    assert evaluated[-1] < evaluated[0]
+
+    model = str(tmp_path / "run" / "model")
+    code, out, _ = heddle(monkeypatch, capsys, "generate", "--model", model, "--prompt", "the cat", "--raw",
+                          "--max-tokens", "5", "--json")  # fmt: skip
+    expected = generate(LongNetLM.from_pretrained(model), Tokenizer.bytes(), "the cat", max_tokens=5)[0]
+    assert (code, json.loads(out)["text"]) == (0, expected.text)
+    arguments = "--corpus", str(corpus), "--held-out", "0.3", "--seq-len", "32", "--json"
+    code, out, _ = heddle(monkeypatch, capsys, "evaluate", "--model", model, *arguments)
+    assert code == 0
+    assert json.loads(out)["models"]["run"][-1]["bits_per_byte"] < 8
+    with pytest.raises(ValueError, match="model must keep every key to be served"):
+        Engine(LongNetLM.from_pretrained(model), Tokenizer.bytes())

@@ -136,7 +136,10 @@ def dilated_forward(
         q, k, v = query[:, :, heads], key[:, :, kv_heads], value[:, :, kv_heads]
         out, lse = over_no_keys(q, v.shape[3]) if whole is None else (whole[0][:, :, heads], whole[1][:, :, heads])
         for number, pattern in enumerate(patterns):
-            for grid in grids(seq, pattern, range(heads.start, heads.stop), is_causal, places):
+            found = grids(seq, pattern, range(heads.start, heads.stop), is_causal, places)
+            if whole is not None:
+                found = [piece for one in found for piece in one.pieces(q, AT_ONCE // 4)]
+            for grid in found:
                 part = attend(grid.rows(q, 1), grid.rows(k, group), grid.rows(v, group), grid.mask(q))
                 part = xp.astype(part[0], wide, copy=False), part[1]
                 if number:

@@ -77,6 +77,15 @@ class Segments(NamedTuple):
     offsets: tuple[int, ...]
     is_causal: bool
 
+    def pieces(self, like: Array, most: int) -> list[Segments]:
+        """As many segments at once as ``most`` elements of queries are, one at least: memory that small is used again,
+        and not taken from the system and given back each time."""
+        each = max(1, most // (like.shape[0] * self.kept * len(self.heads) * like.shape[3]))
+        return [
+            self._replace(first=self.first + begin * self.length, segments=min(each, self.segments - begin))
+            for begin in range(0, self.segments, each)
+        ]
+
     def mask(self, like: Array) -> Mask:
         return (Mask.causal if self.is_causal else Mask.full)(self.kept, self.kept, like=like)
 
@@ -165,6 +174,10 @@ class Tokens(NamedTuple):
     start: Int[Array, "batch offsets count"]
     stop: Int[Array, "batch offsets count"]
     heads: int
+
+    def pieces(self, like: Array, most: int) -> list[Tokens]:
+        """They lie anywhere, and stay together."""
+        return [self]
 
     def mask(self, like: Array) -> Mask:
         xp = namespace(self.start)

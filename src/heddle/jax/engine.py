@@ -23,7 +23,7 @@ from . import scheduler
 from .answer import Answer, TokenLogprobs, stop_strings
 from .blocks import Blocks
 from .generation import Completion
-from .model import Transformer
+from .model import LanguageModel, Transformer
 from .paged import LEAST_READ, MOST_LOGPROBS, Device
 from .prompts import check_logprobs, check_max_tokens, encode_prompt
 from .sampling import Greedy, Mixed, Sampler, history, needs_history
@@ -181,7 +181,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Transformer,
+        model: LanguageModel,
         tokenizer: Tokenizer,
         *,
         max_batch: int = 32,
@@ -191,7 +191,7 @@ class Engine:
         max_queue: int = 256,
         cache_dtype: Any = None,
     ):
-        _check_model(model, tokenizer)
+        served = _checked(model, tokenizer)
         for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("max_queue", max_queue)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -199,7 +199,7 @@ class Engine:
             raise ValueError(f"block_size must be 16, 32, 64 or 128, got {block_size}")
         context = model.config.max_position_embeddings
         count = max_batch * -(-min(context, 1024) // block_size) if blocks is None else blocks
-        self.model, self.tokenizer, self.max_queue = model, tokenizer, max_queue
+        self.model, self.tokenizer, self.max_queue = served, tokenizer, max_queue
         self.room = min(context, count * block_size)  #: tokens of one sequence, at most
         self.counters = Counters()
         self._sizes, self._cache_dtype = (count, block_size, max_batch, prefill_chunk), cache_dtype
@@ -494,8 +494,8 @@ class Engine:
         return handle
 
 
-def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
-    if model.config.attention is not None:
+def _checked(model: LanguageModel, tokenizer: Tokenizer) -> Transformer:
+    if not isinstance(model, Transformer) or model.config.attention is not None:
         raise ValueError("model must keep every key to be served, got one of dilated attention: see heddle generate")
     if model.mesh is not None and model.mesh.size > model.mesh.shape["tensor"]:
         raise ValueError(f"model must be spread over tensor alone to be served, got a mesh of {dict(model.mesh.shape)}")
@@ -506,3 +506,4 @@ def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
         raise ValueError(
             f"tokenizer must have at most the model's vocab_size {model.config.vocab_size}, got {tokenizer.vocab_size}"
         )
+    return model

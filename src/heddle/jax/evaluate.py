@@ -20,7 +20,7 @@ from heddle.attention.arrays import Array
 from heddle.data.corpora import open_corpus
 from heddle.data.tokenizers import Tokenizer
 
-from .model import Transformer
+from .model import LanguageModel
 from .terminal import load
 
 
@@ -35,7 +35,7 @@ class Bits(NamedTuple):
 
 
 def evaluate(
-    model: Transformer,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     documents: Iterable[str],
     *,

@@ -12,17 +12,18 @@ from jax.sharding import Mesh
 
 from heddle.attention.rope import Rope
 from heddle.config import Config
-from heddle.data.locate import locate
+from heddle.data.locate import locate, read_json
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import NO_TRACKER, ProgressBar, Record, check_tracker, tracking
 from heddle.rewards import RewardPool
 from heddle.run import check_folder, check_vocabulary, place, task_data, training_data, write_config
 
+from .checkpoint import load
 from .grpo_rollouts import Rollouts
 from .grpo_trainer import GRPOTrainer
 from .lm import lm
 from .lora import add_adapters, merge_adapters, save_adapter
-from .model import Transformer
+from .model import LanguageModel, Transformer
 from .model_config import PARSCALE, Dilation, ModelConfig
 from .parallel import create, initialize, make_mesh
 from .parallel import place as place_on_mesh
@@ -123,7 +124,7 @@ def _prepare_grpo(config: Config) -> tuple[GRPOTrainer, Tokenizer]:
     return trainer, tokenizer
 
 
-def _to_train(config: Config, tokenizer: Tokenizer) -> Transformer:
+def _to_train(config: Config, tokenizer: Tokenizer) -> LanguageModel:
     model = make_model(config, tokenizer, mesh_of(config))
     if config.training.trainable == "lora":
         lora = config.lora
@@ -151,7 +152,7 @@ def mesh_of(config: Config) -> Mesh | None:
     return None if set(sizes.values()) == {1} and jax.process_count() == 1 else make_mesh(**sizes)
 
 
-def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> Transformer:
+def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -> LanguageModel:
     """The pretrained model that ``training.base_model`` names, or a new Llama of the sizes in ``model``; on the mesh.
 
     With ``model.attention=dilated`` the new model's configuration says so; with ``sliding`` it is a Mistral.
@@ -172,13 +173,14 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
     }  # fmt: skip
     if training.base_model is not None:
         path = locate(place(training.base_model))
-        there = ModelConfig.from_pretrained(path) if path.is_dir() else None
-        if there is not None and there.model_type == PARSCALE and there.parscale_n != config.parscale.parscale_n:
+        there = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        replicas = there.get("parscale_n", 1)
+        if there.get("model_type") == PARSCALE and replicas != config.parscale.parscale_n:
             raise ValueError(
                 f"parscale.parscale_n must be that of the ParScale model {training.base_model}, "
-                f"{there.parscale_n}; got {config.parscale.parscale_n}"
+                f"{replicas}; got {config.parscale.parscale_n}"
             )
-        model = Transformer.from_pretrained(path, rngs=nnx.Rngs(training.seed), mesh=mesh, **parscale, **settings)
+        model = load(path, rngs=nnx.Rngs(training.seed), mesh=mesh, **parscale, **settings)
         check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
     dilation = None

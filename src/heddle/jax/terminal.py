@@ -18,8 +18,9 @@ from rich.console import Console
 
 from heddle.data.tokenizers import Tokenizer
 
+from . import checkpoint
 from .generation import Past, Piece, generate, stream
-from .model import Transformer
+from .model import LanguageModel
 from .sampling import Sampler
 from .speculation import PromptLookup
 
@@ -30,7 +31,7 @@ HELP = """\
 /exit           leave, as does the end of input (Ctrl-D); Ctrl-C stops an answer"""
 
 
-def load(name: str | Path | None, dtype: str = "auto") -> tuple[Transformer, Tokenizer]:
+def load(name: str | Path | None, dtype: str = "auto") -> tuple[LanguageModel, Tokenizer]:
     """The model and its tokenizer, while a spinner turns. What XLA compiles is kept from run to run.
 
     The cache is ``$JAX_COMPILATION_CACHE_DIR``, by default ``heddle/xla`` in the user's cache folder.
@@ -40,7 +41,7 @@ def load(name: str | Path | None, dtype: str = "auto") -> tuple[Transformer, Tok
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with Console(stderr=True).status(f"loading {name or 'SmolLM2-135M-Instruct'}"):
-        return Transformer.from_pretrained(name, dtype=dtype), Tokenizer.from_pretrained(name)
+        return checkpoint.load(name, dtype=dtype), Tokenizer.from_pretrained(name)
 
 
 @dataclass
@@ -188,7 +189,7 @@ def chat(
 class Conversation:
     """Messages so far, and the cache that holds them."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, system: str | None = None, **options: Any):
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, system: str | None = None, **options: Any):
         self.model = model
         self.tokenizer = tokenizer
         self.options = options

@@ -24,27 +24,14 @@ FRAMEWORKS = ("jax", "torch")
 
 
 @runtime_checkable
-class Run(Protocol):
-    """What is planned: :class:`heddle.jax.memory.Run`, :class:`heddle.torch.memory.Run`, which are dataclasses."""
-
-    config: Any
-    task: str
-    batch: int
-    seq: int
-    mesh: dict[str, int]
+class Plan(Protocol):
+    """:class:`heddle.jax.memory.Plan` and :class:`heddle.torch.memory.Plan`: what takes how many bytes of a device."""
 
     @property
-    def devices(self) -> int: ...
+    def run(self) -> Any: ...
 
-    def least(self, what: str) -> int: ...
-
-
-@runtime_checkable
-class Plan(Protocol):
-    """Bytes on each device, by what takes them, and at the peak."""
-
-    run: Any
-    parts: dict[str, int]
+    @property
+    def parts(self) -> dict[str, int]: ...
 
     @property
     def total(self) -> int: ...
@@ -76,9 +63,10 @@ def show(
     if framework not in FRAMEWORKS:
         raise ValueError(f"--framework must be one of {', '.join(FRAMEWORKS)}; got {framework!r}")
     if framework == "torch":
-        from heddle.torch import memory as planner
+        from heddle.torch import memory
     else:
-        from heddle.jax import memory as planner
+        from heddle.jax import memory
+    planner: Any = memory
     options = {name: value for name, value in options.items() if value is not None}
     fields = {field.name for field in dataclasses.fields(planner.Run)}
     if strange := [name for name in options if name not in fields]:
@@ -196,7 +184,7 @@ def write(found: Plan, name: str, out: str | Path) -> list[Path]:
     return [drawing.png(path.with_name(path.name + ".png")), drawing.html(path.with_name(path.name + ".html"))]
 
 
-def described(run: Run) -> str:
+def described(run: Any) -> str:
     """A run in a few words."""
     spread = ", ".join(f"{axis}={size}" for axis, size in run.mesh.items() if size > 1)
     return f"{run.task}, {run.batch} × {run.seq:,} tokens" + (f", {spread}" if spread else "")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -193,7 +194,7 @@ def _processes(count: int) -> Iterator[DeviceMesh | None]:
         return
     import torch.testing._internal.distributed.fake_pg  # noqa: F401  # makes the back end "fake" known
 
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=count)
+    dist.init_process_group("fake", store=HashStore(), rank=0, world_size=count)
     try:
         yield init_device_mesh("cpu", (count,))
     finally:
