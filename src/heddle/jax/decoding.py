@@ -87,7 +87,8 @@ def begin(
     if state.text is not None:
         rows = jnp.arange(state.token.shape[0])
         state = replace(state, text=state.text.at[rows, state.cache.lengths].set(state.token))
-    return state, state.token[:, None], jax.tree.map(lambda a: a[:, None], told)
+    layout = model.layout()  # whole on every device, so that each process can read them
+    return state, layout(state.token[:, None]), jax.tree.map(lambda a: layout(a[:, None]), told)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7), donate_argnums=2)
@@ -158,7 +159,7 @@ def decode(
         shape = tokens.shape
         told = Logprobs(jnp.zeros(shape), jnp.zeros((*shape, n)), jnp.zeros((*shape, n), jnp.int32))
     state, _, tokens, told = jax.lax.while_loop(more, body, (state, jnp.zeros(batch, jnp.int32), tokens, told))
-    return state, tokens, told
+    return state, *jax.tree.map(model.layout(), (tokens, told))
 
 
 def _choose(

@@ -447,5 +447,5 @@ def to_host(x: Array) -> np.ndarray:
     """The whole array, wherever its parts lie; all processes have to ask."""
     if not x.is_fully_addressable:
         mesh: Any = x.sharding.mesh  # type: ignore[attr-defined]
-        x = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(x)
+        [x] = _moved((NamedSharding(mesh, PartitionSpec()),))([x])
     return np.asarray(x)
