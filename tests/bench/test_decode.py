@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import tiny_gguf
+from gguf import GGMLQuantizationType
 from tiny_models import hugging_face
 from typer.testing import CliRunner
 
 from heddle.bench import decode
 from heddle.cli import app
+from heddle.data.gguf import GGUF
 from heddle.data.tokenizers import Tokenizer
 
 
@@ -75,6 +78,22 @@ def test_a_whole_run(folder, tmp_path):
     assert record["problem"]["weight_bytes"] == 4 * (hugging_face("llama, bytes").num_parameters() - untied)
 
 
+def test_a_gguf_file_in_float32_is_the_same_model(tmp_path):
+    """What llama.cpp is given: no other tensors than ours, nor another vocabulary."""
+    words = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.bos_token_id": 1}
+    kind = GGMLQuantizationType.F16
+    path = tiny_gguf.write(tmp_path / "tiny.gguf", hugging_face("llama"), words, kind=kind)
+    decode.write_float32(path, tmp_path / "wide.gguf")
+    narrow, wide = GGUF.open(path), GGUF.open(tmp_path / "wide.gguf")
+    assert wide.config() == narrow.config()
+    apart = {"general.file_type"}
+    assert {k: v for k, v in wide.metadata.items() if k not in apart and not k.startswith("GGUF")} == {
+        k: v for k, v in narrow.metadata.items() if k not in apart and not k.startswith("GGUF")
+    }
+    for name in narrow.shapes:
+        np.testing.assert_array_equal(wide.tensor(name), narrow.tensor(name))
+
+
 def test_json_alone_and_no_peers(folder):
     options = ["--peers", "none", "--json", "--tokens", "4", "--prompt-tokens", "3", "--repeats", "1"]
     result = CliRunner().invoke(app, ["bench", "decode", "--model", folder, *options])
@@ -86,7 +105,7 @@ def test_json_alone_and_no_peers(folder):
     [
         ({"batch": "0"}, "--batch must be positive whole numbers as in 2,4, got '0'"),
         ({"tokens": 1}, "--tokens must be at least 2, got 1"),
-        ({"peers": "llama"}, "--peers must be all, none or of transformers; got llama"),
+        ({"peers": "llama"}, "--peers must be all, none or of transformers, llama.cpp; got llama"),
         ({"prompt_tokens": 90}, "--prompt-tokens and --tokens must fit in the context of 96, got 90 and 128"),
     ],
 )

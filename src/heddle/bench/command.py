@@ -79,7 +79,7 @@ def bench_decode(
     batch: str = typer.Option("1", help="Sequences at once; several with commas."),
     prompt_tokens: int = typer.Option(128, help="Tokens read before the first is generated."),
     tokens: int = typer.Option(128, help="Tokens generated."),
-    peers: str = typer.Option("all", help="all, none, or transformers."),
+    peers: str = typer.Option("all", help="all, none, or of transformers, llama.cpp, with commas."),
     repeats: int = typer.Option(5, help="Rounds that count; every contender runs once a round."),
     json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
     out: str | None = typer.Option(None, help="A directory for decode.json."),

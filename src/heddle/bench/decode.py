@@ -11,6 +11,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,9 +20,10 @@ from rich.console import Console
 
 from .options import counts
 from .tables import show
-from .timing import interleave, machine, memory_reader
+from .timing import cores, interleave, machine, memory_reader
 
-PEERS = ("transformers",)
+PEERS = ("transformers", "llama.cpp")
+ONE_BY_ONE = {"llama.cpp"}  #: contenders that are measured on one sequence alone
 
 
 @runtime_checkable
@@ -54,14 +56,15 @@ def measure(
     """
     produced: dict[tuple[str, int], np.ndarray] = {}
     steps: dict[str, Callable[[int], object]] = {}
-    for ids in prompts:
-        for name, contender in contenders.items():
+    pairs = [(ids, name) for ids in prompts for name in contenders if len(ids) == 1 or name not in ONE_BY_ONE]
+    for ids, name in pairs:
+        contender = contenders[name]
 
-            def whole(_: int, name: str = name, contender: Contender = contender, ids: np.ndarray = ids) -> None:
-                produced[name, len(ids)] = contender(ids, tokens)
+        def whole(_: int, name: str = name, contender: Contender = contender, ids: np.ndarray = ids) -> None:
+            produced[name, len(ids)] = contender(ids, tokens)
 
-            steps[f"{name}, batch {len(ids)}"] = whole
-            steps[f"{name}, batch {len(ids)}, first token"] = lambda _, c=contender, ids=ids: c(ids, 1)
+        steps[f"{name}, batch {len(ids)}"] = whole
+        steps[f"{name}, batch {len(ids)}, first token"] = lambda _, contender=contender, ids=ids: contender(ids, 1)
     steps["bandwidth"] = memory_reader(weight_bytes)
     timings = interleave(steps, repeats, tell=tell)
 
@@ -69,23 +72,23 @@ def measure(
     bandwidth = weight_bytes / timings["bandwidth"].median
     roofline = bandwidth / weight_bytes
     results = []
-    for batch in map(len, prompts):
-        for name in contenders:
-            total = timings[f"{name}, batch {batch}"].median
-            start = timings[f"{name}, batch {batch}, first token"].median
-            decode = batch * (tokens - 1) / (total - start)
-            results.append(
-                {
-                    "name": name,
-                    "batch": batch,
-                    "first_token_s": start,
-                    "total_tokens_per_s": batch * tokens / total,
-                    "decode_tokens_per_s": decode,
-                    "roofline_share": decode / batch / roofline,
-                    "same_tokens": _agreement(produced[ours, batch], produced[name, batch]),
-                    "repeats": repeats,
-                }
-            )
+    for ids, name in pairs:
+        batch = len(ids)
+        total = timings[f"{name}, batch {batch}"].median
+        start = timings[f"{name}, batch {batch}, first token"].median
+        decode = batch * (tokens - 1) / (total - start)
+        results.append(
+            {
+                "name": name,
+                "batch": batch,
+                "first_token_s": start,
+                "total_tokens_per_s": batch * tokens / total,
+                "decode_tokens_per_s": decode,
+                "roofline_share": decode / batch / roofline,
+                "same_tokens": _agreement(produced[ours, batch], produced[name, batch]),
+                "repeats": repeats,
+            }
+        )
     return {"bandwidth": bandwidth, "roofline_tokens_per_s": roofline, "results": results}
 
 
@@ -121,6 +124,7 @@ def run(
     if unknown := set(chosen) - set(PEERS):
         raise ValueError(f"--peers must be all, none or of {', '.join(PEERS)}; got {', '.join(sorted(unknown))}")
     batches = counts("batch", batch)
+    from heddle.data.locate import locate
     from heddle.data.tokenizers import Tokenizer
     from heddle.jax import Transformer
 
@@ -133,8 +137,14 @@ def run(
                 f"--prompt-tokens and --tokens must fit in the context of {context}, got {prompt_tokens} and {tokens}"
             )
         contenders: dict[str, Contender] = {"heddle": _heddle(transformer, tokenizer)}
+        absent = {}
         if "transformers" in chosen:
             contenders["transformers"] = _transformers(transformer)
+        if "llama.cpp" in chosen:
+            try:
+                contenders["llama.cpp"] = _llama_cpp(locate(model), prompt_tokens + tokens)
+            except (ImportError, ValueError) as error:
+                absent["llama.cpp"] = str(error)
         record = {
             "benchmark": "decode",
             "command": shlex.join(command),
@@ -146,6 +156,7 @@ def run(
                 "tokens": tokens,
                 "weight_bytes": weights_read(transformer),
             },
+            "not_run": absent,
         }
         prompts = [text_prompts(tokenizer, size, prompt_tokens) for size in batches]
         record |= measure(contenders, prompts, tokens, weights_read(transformer), repeats, status.update)
@@ -204,6 +215,51 @@ def _transformers(model: Any) -> Contender:
     return contender
 
 
+def _llama_cpp(path: Path, context: int) -> Contender:
+    """llama.cpp through llama-cpp-python, on the same GGUF file with its tensors in float32.
+
+    Raises:
+        ImportError: it isn't installed.
+        ValueError: the model isn't a GGUF file.
+    """
+    if path.suffix != ".gguf":
+        raise ValueError("it reads GGUF files alone")
+    try:
+        from llama_cpp import Llama  # type: ignore[import-not-found]
+    except ImportError:
+        raise ImportError("llama-cpp-python isn't installed") from None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "float32.gguf"
+        write_float32(path, file)
+        threads = {"n_threads": cores(), "n_threads_batch": cores()}
+        peer: Any = Llama(str(file), n_ctx=context, use_mmap=False, verbose=False, **threads)
+
+    def contender(prompts: np.ndarray, tokens: int) -> np.ndarray:
+        peer.reset()  # else it would find the prompt in its cache
+        return np.array([[*islice(peer.generate(prompts[0].tolist(), temp=0.0), tokens)]])
+
+    return contender
+
+
+def write_float32(source: Path, out: Path) -> None:
+    """A GGUF file's copy whose tensors are float32."""
+    from gguf import GGUFReader, GGUFWriter, dequantize
+
+    reader = GGUFReader(source)
+    writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            writer.add_key_value(name, field.contents(), field.types[0], (*field.types, None)[1])
+    writer.add_file_type(0)  # all float32
+    for tensor in reader.tensors:
+        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        writer.add_tensor(tensor.name, values.reshape([int(n) for n in tensor.shape[::-1]]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def title(record: dict[str, Any]) -> str:
     """The problem in a line."""
     p = record["problem"]
@@ -246,4 +302,5 @@ def notes(record: dict[str, Any]) -> list[str]:
         f"measured in the same rounds: {record['roofline_tokens_per_s']:.1f} steps/s",
         f"medians of {record['results'][0]['repeats']} interleaved rounds; {m['processor']}, {m['cores']} cores; "
         f"Python {m['python']}, {versions}; {m['date']}",
+        *(f"{name} did not run: {why}" for name, why in record["not_run"].items()),
     ]
