@@ -9,7 +9,7 @@ from flax import nnx
 
 from heddle.data.packing import NO_TARGET, Batch
 from heddle.jax.lm import lm
-from heddle.jax.logits import cross_entropy, log_probabilities
+from heddle.jax.logits import MAX_BYTES, cross_entropy, log_probabilities
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
 from heddle.jax.parallel import Layout, make_mesh
@@ -119,3 +119,19 @@ def test_the_whole_of_the_logits_never_exists(replicas):
     memory = jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis()
     all_logits = 2 * 1024 * 32_768 * 4
     assert memory.temp_size_in_bytes < 0.9 * all_logits
+
+
+def test_a_large_vocabulary_takes_a_quarter_of_the_memory_and_less():
+    """Loss and gradients over 4,096 tokens and 49,152 entries; compiled, never run."""
+    shape, dtype = jax.ShapeDtypeStruct, jnp.float32
+    arguments = shape((576, 49_152), dtype), shape((1, 4096, 576), dtype), shape((1, 4096), jnp.int32)
+
+    def peak(max_bytes: int) -> int:
+        def loss(weight, hidden, targets):
+            return cross_entropy(lambda x: x @ weight, hidden, targets, max_bytes=max_bytes)[0]
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    whole = 4096 * 49_152 * 4
+    assert peak(2 * whole) >= 2 * whole
+    assert 4 * peak(MAX_BYTES) < peak(2 * whole)
