@@ -98,6 +98,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Over the file's options.")] = None,
     config: str | None = typer.Option(None, help="A YAML file, such as configs/quickstart.yaml.", envvar="CONFIG_FILE"),
     print_config: bool = typer.Option(False, "--print-config", help="Print every option as it stands, and leave."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print what would run and its memory, and leave."),
 ) -> None:
     """Train a model on a corpus, or go on with a run where it stands.
 
@@ -113,6 +114,10 @@ def train(
     if print_config:
         print(settings.to_yaml(), end="")
         return
+    if dry_run:
+        from heddle.memory import report
+
+        return report.dry_run(settings)
     if settings.framework == "torch":
         from heddle.torch import run
     else:

@@ -105,3 +105,31 @@ def test_a_model_that_is_not_there(monkeypatch, capsys):
 def test_units():
     assert [units.parse("--bytes", text) for text in ("1KiB", "1.5 GiB", "2mib")] == [1024, 3 * 2**29, 2**21]
     assert [units.show(size) for size in (0, 1023, 1024, 2**30 + 2**29)] == ["0 B", "1023 B", "1.00 KiB", "1.50 GiB"]
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_dry_run_plans_the_run(folder, tmp_path, framework, replicas):
+    """Its own configuration's, from a base model and from none; nothing is written."""
+    sizes = ["model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2"]
+    for base in ([f"training.base_model={folder}"], ["training.base_model=null", "data.tokenizer=bytes", *sizes]):
+        if base[0].endswith(folder) and framework == "jax" and replicas == 1:
+            rest = ["--batch", "4", "--seq", "64", "--remat"]
+            expected = units.show(figures("--model", folder, *rest)["total"])
+        else:
+            expected = " at the peak"
+        options = ["training.batch_size=4", "data.seq_len=64", "training.remat=layer", f"framework={framework}"]
+        options += [f"parscale.parscale_n={replicas}", f"output={tmp_path / 'run'}", "data.tokenizer=bytes", *base]
+        result = CliRunner().invoke(app, ["train", "--dry-run", *options, "training.max_steps=10"])
+        assert result.exit_code == 0, result.output
+        assert "10 steps of 256 tokens, 2,560 in all" in result.stdout
+        assert expected in result.stdout
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_wants_the_mesh_in_numbers(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["heddle", "train", "--dry-run", "mesh.fsdp=-1"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "mesh must say how many devices lie along each axis for a dry run, got -1" in capsys.readouterr().err

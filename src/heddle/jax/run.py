@@ -165,7 +165,7 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
         ValueError: a tokenizer with ids that the pretrained model has no embedding for; a base model that ParScale
             can't start from, or that has another number of replicas.
     """
-    options, training, seq_len = config.model, config.training, config.data.seq_len
+    training = config.training
     parscale = dataclasses.asdict(config.parscale) if config.parscale.parscale_n > 1 else {}
     settings: dict[str, Any] = {
         "dtype": training.compute_dtype, "param_dtype": "float32",
@@ -183,6 +183,17 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
         model = load(path, rngs=nnx.Rngs(training.seed), mesh=mesh, **parscale, **settings)
         check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
+    sizes = model_config(config, tokenizer)
+    return create(lambda: Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings), mesh)
+
+
+def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
+    """What :func:`make_model` makes, without its weights."""
+    options, training, seq_len = config.model, config.training, config.data.seq_len
+    parscale = dataclasses.asdict(config.parscale) if config.parscale.parscale_n > 1 else {}
+    if training.base_model is not None:
+        base = ModelConfig.from_pretrained(place(training.base_model))
+        return base.with_parscale(**parscale) if parscale and base.model_type != PARSCALE else base
     dilation = None
     if options.segment_lengths is not None and options.dilation_rates is not None:
         dilation = Dilation(tuple(options.segment_lengths), tuple(options.dilation_rates))
@@ -206,4 +217,4 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
     if options.sliding_window is not None:
         kind = sizes.model_type if parscale else "mistral"
         sizes = dataclasses.replace(sizes, model_type=kind, sliding_window=options.sliding_window, layer_types=None)
-    return create(lambda: Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings), mesh)
+    return sizes

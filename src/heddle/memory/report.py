@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from heddle import plot
+from heddle.config import Config
 from heddle.options import MeshOptions
+from heddle.run import tokenizer_of
 
 from . import units
 
@@ -99,6 +101,39 @@ def show(
     _print(found, name, find, room)
     for file in files:
         print(f"wrote {file}")
+
+
+def dry_run(config: Config) -> None:
+    """Print what a training run would be, and its memory on each device. Reads no weights and no data.
+
+    Raises:
+        ValueError: as :func:`heddle.jax.memory.plan` and :func:`heddle.torch.memory.plan`: sizes that the devices can't
+            share equally, a model that they don't count.
+    """
+    if config.framework == "torch":
+        from heddle.torch import memory, run
+    else:
+        from heddle.jax import memory, run
+    planner: Any = memory
+    training, tokenizer = config.training, tokenizer_of(config)
+    sizes = dataclasses.asdict(config.mesh)
+    if -1 in sizes.values():
+        raise ValueError("mesh must say how many devices lie along each axis for a dry run, got -1")
+    found = planner.plan(
+        planner.Run(
+            run.model_config(config, tokenizer), batch=training.batch_size, seq=config.data.seq_len,
+            mesh={axis: size for axis, size in sizes.items() if size > 1}, optimizer=training.optimizer,
+            accumulation=training.accumulation, remat=training.remat != "none", dtype=training.compute_dtype,
+        )
+    )  # fmt: skip
+    tokens = training.batch_size * config.data.seq_len
+    print(f"{config.output}: {training.objective} with {config.framework}, {training.trainable} training")
+    print(f"{training.max_steps:,} steps of {tokens:,} tokens, {training.max_steps * tokens:,} in all")
+    print(f"{training.optimizer}, {training.schedule} learning rate {training.learning_rate:g} "
+          f"after {training.warmup_steps:,} steps of warm-up")  # fmt: skip
+    if training.trainable != "full":
+        print("the plan counts all parameters as trained, which takes more than this run")
+    _print(found, training.base_model or "a new model", None, None)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -19,6 +19,7 @@ from heddle.metrics import ProgressBar, Record
 from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
 
 from . import longnet  # noqa: F401  # its models are then Auto classes' too
+from .memory import read_config
 from .parscale import Qwen2ParScaleForCausalLM
 from .parscale_config import Qwen2ParScaleConfig
 from .train import Trainer, processes
@@ -98,14 +99,8 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         if training.base_model is None:
-            sizes, window = _sizes(config, tokenizer), config.model.sliding_window
-            if replicas == 1:
-                kind = LlamaConfig(**sizes) if window is None else MistralConfig(**sizes, sliding_window=window)
-                return AutoModelForCausalLM.from_config(kind, attn_implementation=ATTENTION)
-            if window is not None:
-                sizes |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
-            sizes = Qwen2ParScaleConfig(**sizes, attention_bias=False, **parscale)
-            return Qwen2ParScaleForCausalLM._from_config(sizes, attn_implementation=ATTENTION)
+            sizes = model_config(config, tokenizer)
+            return AutoModelForCausalLM.from_config(sizes, attn_implementation=ATTENTION)
         model = _pretrained(training.base_model, replicas, parscale)
     check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
     if training.trainable == "new":
@@ -113,6 +108,25 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)
     return model
+
+
+def model_config(config: Config, tokenizer: Tokenizer) -> Any:
+    """What :func:`make_model` makes, without its weights."""
+    base, replicas, parscale = (
+        config.training.base_model,
+        config.parscale.parscale_n,
+        dataclasses.asdict(config.parscale),
+    )
+    if base is not None:
+        there = read_config(place(base))
+        replicated = replicas == 1 or isinstance(there, Qwen2ParScaleConfig)
+        return there if replicated else Qwen2ParScaleConfig.from_base(there.to_dict(), **parscale)
+    sizes, window = _sizes(config, tokenizer), config.model.sliding_window
+    if replicas == 1:
+        return LlamaConfig(**sizes) if window is None else MistralConfig(**sizes, sliding_window=window)
+    if window is not None:
+        sizes |= {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0}
+    return Qwen2ParScaleConfig(**sizes, attention_bias=False, **parscale)
 
 
 def _sizes(config: Config, tokenizer: Tokenizer) -> dict[str, Any]:
