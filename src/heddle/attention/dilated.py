@@ -134,7 +134,8 @@ def dilated_forward(
     whole = over_no_keys(query, value.shape[3]) if in_place else None
     for heads, kv_heads, group in _heads_at_once(query, key):
         q, k, v = query[:, :, heads], key[:, :, kv_heads], value[:, :, kv_heads]
-        out, lse = over_no_keys(q, v.shape[3]) if whole is None else (whole[0][:, :, heads], whole[1][:, :, heads])
+        begun = over_no_keys(q, v.shape[3]) if whole is None else (whole[0][:, :, heads], whole[1][:, :, heads])
+        out, lse = begun
         for number, pattern in enumerate(patterns):
             found = grids(seq, pattern, range(heads.start, heads.stop), is_causal, places)
             if whole is not None:
@@ -145,8 +146,8 @@ def dilated_forward(
                 if number:
                     part = merge([(grid.rows(out, 1), grid.rows(lse, 1)), part])
                 out, lse = grid.put(out, part[0]), grid.put(lse, part[1])
-        if whole is not None:
-            continue
+        if out is not begun[0] or lse is not begun[1]:  # attend's results can't be written with
+            whole = None
         outs.append(xp.astype(out, query.dtype, copy=False))
         lses.append(lse)
     if whole is not None:
