@@ -148,6 +148,15 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, base_model: str) -> 
         )
 
 
+def check_replicas(config: Config, replicas: int) -> None:
+    """Refuse another number of replicas than the ParScale checkpoint ``training.base_model`` has."""
+    if replicas != config.parscale.parscale_n:
+        raise ValueError(
+            f"parscale.parscale_n must be that of the ParScale model {config.training.base_model}, {replicas}; "
+            f"got {config.parscale.parscale_n}"
+        )
+
+
 # ---------------------------------------------------------------------- its folder
 
 

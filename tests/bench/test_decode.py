@@ -72,6 +72,8 @@ def test_a_whole_run(folder, tmp_path):
     assert "float32, 9 tokens in, 12 out" in result.output
     record = json.loads((tmp_path / "o" / "decode.json").read_text())
     assert [r["name"] for r in record["results"]] == ["heddle", "transformers"] * 2
+    assert record["not_run"] == {"llama.cpp": "it reads GGUF files alone"}
+    assert "llama.cpp did not run: it reads GGUF files alone" in result.output
     # The same weights, so greedily the same tokens.
     assert [r["same_tokens"] for r in record["results"]] == [12] * 4
     untied = 257 * 32  # of whose rows a step reads one

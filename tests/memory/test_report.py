@@ -127,6 +127,17 @@ def test_a_dry_run_plans_the_run(folder, tmp_path, framework, replicas):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_dry_run_refuses_what_the_run_would(folder, monkeypatch, capsys, framework):
+    """A tokenizer larger than the base model's vocabulary, say."""
+    words = ["train", "--dry-run", f"framework={framework}", f"training.base_model={folder}", "data.tokenizer=embedded"]
+    monkeypatch.setattr("sys.argv", ["heddle", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    assert "data.tokenizer must have at most the 257 tokens" in capsys.readouterr().err
+
+
 def test_a_dry_run_wants_the_mesh_in_numbers(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["heddle", "train", "--dry-run", "mesh.fsdp=-1"])
     with pytest.raises(SystemExit) as caught:

@@ -23,6 +23,8 @@ from .merge import merge, over_no_keys
 
 #: Elements of queries computed together, at most, unless one head has more: bounds what is held beside in- and output.
 AT_ONCE = 1 << 22
+#: The same of what one attend takes where results are written in place: memory so small is used again.
+PIECE = 1 << 20
 
 
 @overload
@@ -139,7 +141,7 @@ def dilated_forward(
         for number, pattern in enumerate(patterns):
             found = grids(seq, pattern, range(heads.start, heads.stop), is_causal, places)
             if whole is not None:
-                found = [piece for one in found for piece in one.pieces(q, AT_ONCE // 4)]
+                found = [piece for one in found for piece in one.pieces(q, PIECE)]
             for grid in found:
                 part = attend(grid.rows(q, 1), grid.rows(k, group), grid.rows(v, group), grid.mask(q))
                 part = xp.astype(part[0], wide, copy=False), part[1]

@@ -6,6 +6,7 @@ Decoding one sequence reads every weight once for each token, so the time to rea
 from __future__ import annotations
 
 import heapq
+import importlib
 import inspect
 import json
 import shlex
@@ -225,14 +226,14 @@ def _llama_cpp(path: Path, context: int) -> Contender:
     if path.suffix != ".gguf":
         raise ValueError("it reads GGUF files alone")
     try:
-        from llama_cpp import Llama  # type: ignore[import-not-found]
+        llama: Any = importlib.import_module("llama_cpp")
     except ImportError:
         raise ImportError("llama-cpp-python isn't installed") from None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "float32.gguf"
         write_float32(path, file)
         threads = {"n_threads": cores(), "n_threads_batch": cores()}
-        peer: Any = Llama(str(file), n_ctx=context, use_mmap=False, verbose=False, **threads)
+        peer = llama.Llama(str(file), n_ctx=context, use_mmap=False, verbose=False, **threads)
 
     def contender(prompts: np.ndarray, tokens: int) -> np.ndarray:
         peer.reset()  # else it would find the prompt in its cache

@@ -16,7 +16,7 @@ from heddle.data.locate import locate, read_json
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import NO_TRACKER, ProgressBar, Record, check_tracker, tracking
 from heddle.rewards import RewardPool
-from heddle.run import check_folder, check_vocabulary, place, task_data, training_data, write_config
+from heddle.run import check_folder, check_replicas, check_vocabulary, place, task_data, training_data, write_config
 
 from .checkpoint import load
 from .grpo_rollouts import Rollouts
@@ -174,12 +174,8 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
     if training.base_model is not None:
         path = locate(place(training.base_model))
         there = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-        replicas = there.get("parscale_n", 1)
-        if there.get("model_type") == PARSCALE and replicas != config.parscale.parscale_n:
-            raise ValueError(
-                f"parscale.parscale_n must be that of the ParScale model {training.base_model}, "
-                f"{replicas}; got {config.parscale.parscale_n}"
-            )
+        if there.get("model_type") == PARSCALE:
+            check_replicas(config, there.get("parscale_n", 1))
         model = load(path, rngs=nnx.Rngs(training.seed), mesh=mesh, **parscale, **settings)
         check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
@@ -188,12 +184,16 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
 
 
 def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
-    """What :func:`make_model` makes, without its weights."""
+    """What :func:`make_model` makes, without its weights; refuses what that refuses."""
     options, training, seq_len = config.model, config.training, config.data.seq_len
     parscale = dataclasses.asdict(config.parscale) if config.parscale.parscale_n > 1 else {}
     if training.base_model is not None:
         base = ModelConfig.from_pretrained(place(training.base_model))
-        return base.with_parscale(**parscale) if parscale and base.model_type != PARSCALE else base
+        check_vocabulary(tokenizer, base.vocab_size, training.base_model)
+        if base.model_type == PARSCALE:
+            check_replicas(config, base.parscale_n)
+            return base
+        return base.with_parscale(**parscale) if parscale else base
     dilation = None
     if options.segment_lengths is not None and options.dilation_rates is not None:
         dilation = Dilation(tuple(options.segment_lengths), tuple(options.dilation_rates))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from heddle import plot
-from heddle.config import Config
+from heddle.config import FRAMEWORKS, Config
 from heddle.options import MeshOptions
 from heddle.run import tokenizer_of
 
@@ -22,7 +22,6 @@ from . import units
 
 LONGEST_BAR = 40
 MESH_AXES = tuple(option.name for option in dataclasses.fields(MeshOptions))
-FRAMEWORKS = ("jax", "torch")
 
 
 @runtime_checkable
@@ -64,11 +63,7 @@ def show(
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"--framework must be one of {', '.join(FRAMEWORKS)}; got {framework!r}")
-    if framework == "torch":
-        from heddle.torch import memory
-    else:
-        from heddle.jax import memory
-    planner: Any = memory
+    planner = _planner(framework)
     options = {name: value for name, value in options.items() if value is not None}
     fields = {field.name for field in dataclasses.fields(planner.Run)}
     if strange := [name for name in options if name not in fields]:
@@ -103,6 +98,15 @@ def show(
         print(f"wrote {file}")
 
 
+def _planner(framework: str) -> Any:
+    """What plans the framework's runs."""
+    if framework == "torch":
+        from heddle.torch import memory
+    else:
+        from heddle.jax import memory
+    return memory
+
+
 def dry_run(config: Config) -> None:
     """Print what a training run would be, and its memory on each device. Reads no weights and no data.
 
@@ -111,17 +115,17 @@ def dry_run(config: Config) -> None:
             share equally, a model that they don't count.
     """
     if config.framework == "torch":
-        from heddle.torch import memory, run
+        from heddle.torch.run import model_config
     else:
-        from heddle.jax import memory, run
-    planner: Any = memory
+        from heddle.jax.run import model_config
+    planner = _planner(config.framework)
     training, tokenizer = config.training, tokenizer_of(config)
     sizes = dataclasses.asdict(config.mesh)
     if -1 in sizes.values():
         raise ValueError("mesh must say how many devices lie along each axis for a dry run, got -1")
     found = planner.plan(
         planner.Run(
-            run.model_config(config, tokenizer), batch=training.batch_size, seq=config.data.seq_len,
+            model_config(config, tokenizer), batch=training.batch_size, seq=config.data.seq_len,
             mesh={axis: size for axis, size in sizes.items() if size > 1}, optimizer=training.optimizer,
             accumulation=training.accumulation, remat=training.remat != "none", dtype=training.compute_dtype,
         )

@@ -16,7 +16,7 @@ from heddle.data.gguf import GGUF
 from heddle.data.locate import locate
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import ProgressBar, Record
-from heddle.run import check_folder, check_vocabulary, place, training_data, write_config
+from heddle.run import check_folder, check_replicas, check_vocabulary, place, training_data, write_config
 
 from . import longnet  # noqa: F401  # its models are then Auto classes' too
 from .memory import read_config
@@ -98,11 +98,10 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
     parscale = dataclasses.asdict(config.parscale)
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
+        sizes = model_config(config, tokenizer)
         if training.base_model is None:
-            sizes = model_config(config, tokenizer)
             return AutoModelForCausalLM.from_config(sizes, attn_implementation=ATTENTION)
         model = _pretrained(training.base_model, replicas, parscale)
-    check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
     if training.trainable == "new":
         new = model.new_parameters()
         for name, parameter in model.named_parameters():
@@ -111,7 +110,7 @@ def make_model(config: Config, tokenizer: Tokenizer) -> Any:
 
 
 def model_config(config: Config, tokenizer: Tokenizer) -> Any:
-    """What :func:`make_model` makes, without its weights."""
+    """What :func:`make_model` makes, without its weights; refuses what that refuses."""
     base, replicas, parscale = (
         config.training.base_model,
         config.parscale.parscale_n,
@@ -119,8 +118,11 @@ def model_config(config: Config, tokenizer: Tokenizer) -> Any:
     )
     if base is not None:
         there = read_config(place(base))
-        replicated = replicas == 1 or isinstance(there, Qwen2ParScaleConfig)
-        return there if replicated else Qwen2ParScaleConfig.from_base(there.to_dict(), **parscale)
+        check_vocabulary(tokenizer, there.vocab_size, base)
+        if isinstance(there, Qwen2ParScaleConfig):
+            check_replicas(config, there.parscale_n)
+            return there
+        return there if replicas == 1 else Qwen2ParScaleConfig.from_base(there.to_dict(), **parscale)
     sizes, window = _sizes(config, tokenizer), config.model.sliding_window
     if replicas == 1:
         return LlamaConfig(**sizes) if window is None else MistralConfig(**sizes, sliding_window=window)
@@ -158,11 +160,6 @@ def _pretrained(name: str, replicas: int, parscale: dict[str, Any]) -> Any:
         if replicas > 1:
             kind, config = Qwen2ParScaleForCausalLM, Qwen2ParScaleConfig.from_base(config.to_dict(), **parscale)
         return kind.from_pretrained(None, config=config, state_dict=read.state_dict(), **settings)
-    there = AutoConfig.from_pretrained(path)
-    if isinstance(there, Qwen2ParScaleConfig) and there.parscale_n != replicas:
-        raise ValueError(
-            f"parscale.parscale_n must be that of the ParScale model {name}, {there.parscale_n}; got {replicas}"
-        )
     if replicas == 1:
         return AutoModelForCausalLM.from_pretrained(path, **settings)
     return Qwen2ParScaleForCausalLM.from_pretrained(path, **parscale, **settings)

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from heddle.data.packing import NO_TARGET, Batch, Packer, ahead
 from heddle.metrics import MetricsFile, Record, check_tracker
@@ -113,7 +114,7 @@ def clip(parameters: Iterable[nn.Parameter], most: float | None) -> Tensor:
     """Clip the gradients by their global norm, if there is a ``most``; returns what it was."""
     parameters = list(parameters)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[attr-defined]
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if most is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
     return norm
