@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import NAME, load, save, serving
 
+from heddle.data.tokenizers import Tokenizer
 from heddle.jax import generate
 from heddle.jax import sampler as usual
 from heddle.jax.engine import Engine
@@ -19,6 +20,7 @@ from heddle.serve.app import Limits, create_app
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+IGNORE = {"ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,21 @@ def test_stop_strings_and_echo(client, pair):
     for chunk in client.completions.create(**options, stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].text
     assert texts == [choice.text for choice in echoed]
+
+
+def test_the_end_of_text_can_be_ignored(pair):
+    model, words = pair
+    one = expected(pair, "go")
+    end = one.tokens[5]
+    ends = Tokenizer(words.backend, words.special, stop_ids=[end])
+    with serving(engine_of((model, ends))) as url:
+        found = [post(url, {"model": NAME, "prompt": "go", "temperature": 0} | more).json() for more in ({}, IGNORE)]
+        streamed = post(url, {"model": NAME, "prompt": "go", "temperature": 0, "stream": True} | IGNORE).text
+    short = words.decode(one.tokens[: one.tokens.index(end)])
+    for answer, whole in zip(found, ((short, "stop"), (one.text, "length")), strict=True):
+        assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == whole
+    events = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == one.text
 
 
 def test_log_probabilities(client, pair):

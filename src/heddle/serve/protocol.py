@@ -89,6 +89,7 @@ class _Sampled(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Said to us, of no consequence here.
@@ -131,7 +132,8 @@ class _Sampled(_Body):
             self.repetition_penalty, self.presence_penalty or None, self.frequency_penalty or None,
         )  # fmt: skip
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Request(prompt, max_tokens, chosen, seed, self.answers, stop, logprobs=logprobs, timeout=timeout)
+        ends = () if self.ignore_eos else None
+        return Request(prompt, max_tokens, chosen, seed, self.answers, stop, ends, logprobs, timeout)
 
 
 class CompletionBody(_Sampled):
