@@ -193,25 +193,26 @@ class Stop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Notes SIGTERM and SIGINT instead of dying of them; the second one does what it always did."""
+    """Notes SIGTERM and SIGINT instead of dying of them.
+
+    After either a Ctrl-C ends at once. Another SIGTERM changes nothing: a scheduler sends it to all processes of a run,
+    and launchers among them (torchrun) pass theirs on.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield stop
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.signal = signal.Signals(number)
-        restore()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        stop.signal = stop.signal or signal.Signals(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def due(step: int, every: int, ended: bool = False) -> bool:

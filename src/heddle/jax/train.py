@@ -158,7 +158,7 @@ class Trainer:
     def fit(self, report: Callable[[Record], None] = lambda record: None) -> TrainState:
         """Train up to ``options.max_steps``, from the latest checkpoint in the run's folder if there is one.
 
-        SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); a second one ends at once.
+        SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); Ctrl-C then ends at once.
 
         Args:
             report: called with each record that goes into ``metrics.jsonl``.
@@ -169,7 +169,8 @@ class Trainer:
             ValueError: checkpoints of another model or optimiser.
         """
         self.stopped_by = None
-        with closing(self._checkpoints()) as checkpoints:
+        # Signals are noted until the last checkpoint is whole: a second SIGTERM must not end its writing.
+        with stop_on_signals() as stop, closing(self._checkpoints()) as checkpoints:
             self._restore(checkpoints)
             done = int(self.state.step)
             try:
@@ -178,7 +179,7 @@ class Trainer:
                         metrics = None  # of other processes than the first
                         if not jax.process_index():
                             metrics = stack.enter_context(closing(MetricsFile(self.output / "metrics.jsonl", done)))
-                        self._run(checkpoints, metrics, report, stack.enter_context(stop_on_signals()))
+                        self._run(checkpoints, metrics, report, stop)
             finally:
                 nnx.update(self.model, self.state.model)
         return self.state

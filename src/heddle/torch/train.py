@@ -190,7 +190,7 @@ class Trainer:
     def fit(self, report: Callable[[Record], None] = lambda record: None) -> Any:
         """Train up to ``options.max_steps``, from the latest checkpoint in the run's folder if there is one.
 
-        SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); a second one ends at once.
+        SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); Ctrl-C then ends at once.
 
         Args:
             report: called with each record that goes into ``metrics.jsonl``, in the main process.
@@ -259,6 +259,8 @@ class Trainer:
     def _run(self, metrics: MetricsFile | None, write: Callable[[Record], None], stop: Stop) -> None:
         options = self.options
         self._data.restore(self._place)
+        if options.eval_first and not self.step and len(self._evaluation):
+            write({"step": 0, **self.evaluate()})
         self.model.train()
         with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
             since = time.perf_counter()
