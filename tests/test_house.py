@@ -32,7 +32,7 @@ def files(*arguments: str) -> list[Path]:
 # ---------------------------------------------------------------------- imports
 
 # What each room of src/heddle may import of the others. The upper ones may import whatever is below them.
-ROOMS = {"attention": set(), "kernels": set(), "options": set(), "plot": set()}
+ROOMS = {"attention": set(), "kernels": set(), "options": set(), "plot": set(), "slurm": set()}
 ROOMS["config"] = {"options"}
 ROOMS["mask_options"] = {"attention", "mask_picture"}
 ROOMS["mask_picture"] = {"attention", "plot"}

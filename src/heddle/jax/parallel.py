@@ -22,6 +22,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from heddle import slurm
 from heddle.attention.mask import Mask
 
 from .context_parallel import (
@@ -130,24 +131,48 @@ def make_mesh(
 def initialize(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Join the other processes of a run, if there are any: to be called before anything else asks JAX for devices.
 
+    The tasks of one ``srun`` find each other. Those that share a host take the device of their number there, one that
+    has it for itself takes all; ``JAX_LOCAL_DEVICE_IDS`` says otherwise.
+
     Args:
-        address: ``host:port`` of process 0; None: the environment's ``JAX_COORDINATOR_ADDRESS``. Without one this
-            process is alone.
+        address: ``host:port`` of process 0; None: the environment's ``JAX_COORDINATOR_ADDRESS``, or Slurm's first
+            host. Without one this process is alone.
         processes, process: how many there are, and which this is; None: ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``,
-            or what a cluster's environment (Slurm, MPI, Kubernetes) tells JAX.
+            or what a cluster's environment (Slurm, MPI, Kubernetes) tells.
 
     Raises:
-        ValueError: numbers that aren't; a process that isn't below the number of processes.
+        ValueError: numbers that aren't; a process that isn't below the number of processes; no address where the
+            environment says that there are several processes.
     """
-    address = address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
-    if address is None or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
+        return
+    step, devices = slurm.step(), None
+    address = address or os.environ.get("JAX_COORDINATOR_ADDRESS") or (None if step is None else step.address)
+    if address is None:
+        _check_alone()
         return
     processes = _number("JAX_NUM_PROCESSES") if processes is None else processes
     process = _number("JAX_PROCESS_ID") if process is None else process
+    if step is not None:
+        processes, process = processes or step.processes, step.process if process is None else process
+        if step.here > 1 and "JAX_LOCAL_DEVICE_IDS" not in os.environ:
+            devices = [step.local]
     if process is not None and not 0 <= process < (processes or math.inf):
         raise ValueError(f"process must be at least 0 and below the {processes} processes, got {process}")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the trainer's to handle
-    jax.distributed.initialize(address, processes, process)
+    # Where all is known JAX must not look further: under Slurm it would take one device of a host with many.
+    detect = "deactivate" if None not in (processes, process) else None
+    jax.distributed.initialize(address, processes, process, devices, detect)
+
+
+def _check_alone() -> None:
+    """Two processes that don't know of each other would write into one folder."""
+    for name in ("JAX_NUM_PROCESSES", "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+        if (_number(name) or 1) > 1:
+            raise ValueError(
+                "JAX_COORDINATOR_ADDRESS must be host:port of process 0 where there are several, as "
+                f"{name}={os.environ[name]} says, got none; torchrun and accelerate launch are for framework=torch"
+            )
 
 
 def _number(name: str) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 import warnings
@@ -27,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from heddle import slurm
 from heddle.data.packing import NO_TARGET, Batch, Packer, ahead
 from heddle.metrics import MetricsFile, Record, check_tracker
 from heddle.options import TrainingOptions
@@ -38,7 +40,26 @@ IGNORED = -100  #: what torch's cross-entropy leaves out
 
 
 def processes() -> PartialState:
-    """The processes of this run, which torchrun or accelerate started; their group is set up at the first call."""
+    """The processes of this run, which torchrun, accelerate or ``srun`` started.
+
+    Their group is set up at the first call.
+
+    Raises:
+        ValueError: torchrun knows of fewer processes than ``srun`` started tasks.
+    """
+    step = slurm.step()
+    if step is not None:  # as torchrun would say it
+        host, _, port = step.address.rpartition(":")
+        for name, value in {
+            "RANK": step.process, "WORLD_SIZE": step.processes, "LOCAL_RANK": step.local, "LOCAL_WORLD_SIZE": step.here,
+            "MASTER_ADDR": host, "MASTER_PORT": port,
+        }.items():  # fmt: skip
+            os.environ.setdefault(name, str(value))
+        if int(os.environ["WORLD_SIZE"]) < step.processes:
+            raise ValueError(
+                f"WORLD_SIZE must be at least the {step.processes} tasks that srun started, got "
+                f"{os.environ['WORLD_SIZE']}: torchrun has to know of all of them, --nnodes={step.processes}"
+            )
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
