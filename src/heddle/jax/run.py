@@ -82,11 +82,12 @@ def show(config: Config) -> int:
             trainer = run(config, bar)
         except FloatingPointError as error:
             raise ValueError(str(error)) from error
-        done = int(trainer.state.step)
+        done, first = int(trainer.state.step), not jax.process_index()
         if trainer.stopped_by is not None:
-            bar.note(f"{trainer.stopped_by.name}: saved at step {done}; the same command goes on from there")
+            if first:
+                bar.note(f"{trainer.stopped_by.name}: saved at step {done}; the same command goes on from there")
             return 128 + trainer.stopped_by
-        if not jax.process_index():
+        if first:
             bar.note(f"{done} steps done: {trainer.output / 'model'}")
     return 0
 
