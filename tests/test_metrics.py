@@ -109,9 +109,24 @@ def test_runs_are_drawn_beside_each_other(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_rewards_are_drawn_where_there_are_some(tmp_path):
+    (tmp_path / "run").mkdir()
+    lines = ['{"step": 0, "eval_reward": 0.25}', '{"step": 1, "loss": 3.5, "reward": 0.5, "entropy": 2}']
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+
+    def drawn(**options):
+        return draw([tmp_path / "run"], tmp_path / "runs.html", **options).read_text()
+
+    assert all(text in drawn() for text in ("mean reward", '"y":[0.25]', '"y":[0.5]'))
+    assert "nats a token" in drawn(metric="loss")
+    assert '"y":[2]' in drawn(metric="entropy") or '"y":[2.0]' in drawn(metric="entropy")
+    with pytest.raises(ValueError, match="that tells its kl, got one with entropy, eval_reward, loss, reward"):
+        drawn(metric="kl")
+
+
 def test_a_run_without_a_step_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="must hold a run with at least one step done, got none"):
+    with pytest.raises(ValueError, match="must hold a run with at least one step done that tells its loss, got none"):
         draw([tmp_path], tmp_path / "loss.html")
     with pytest.raises(FileNotFoundError):
         draw([tmp_path / "nowhere"], tmp_path / "loss.html")

@@ -213,15 +213,16 @@ def sweep_compare(
 @app.command("plot")
 def plot_runs(
     runs: Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs.")],
-    out: str = typer.Option("loss.html", help="The page to write, or with the suffix .png the picture."),
+    metric: str | None = typer.Option(None, help="What to draw.", show_default="reward, or else loss"),
+    out: str = typer.Option("runs.html", help="The page to write, or with the suffix .png the picture."),
 ) -> None:
-    """Draw the losses of runs beside each other.
+    """Draw the losses of runs, or another of their metrics, beside each other.
 
     Example: heddle plot runs/quickstart runs/longer --out loss.png
     """
     from heddle.metrics import draw
 
-    print(f"wrote {draw(runs, out)}")
+    print(f"wrote {draw(runs, out, metric)}")
 
 
 @app.command()

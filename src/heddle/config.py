@@ -14,6 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
+from heddle.data.tasks import makes_problems
+
 from .options import (
     DataOptions,
     GRPOOptions,
@@ -44,6 +46,8 @@ ONE_WING = {
 
 #: Sections that one choice of an option of ``training`` alone has.
 ONE_CHOICE = {"sft": ("objective", "sft"), "grpo": ("objective", "grpo"), "lora": ("trainable", "lora")}
+#: How a task's problems are asked, which fine-tuning on a task's right answers needs too.
+ASKING = {"grpo.task", "grpo.prompt_form", "grpo.system", "grpo.answer_form"}
 
 
 @dataclass
@@ -75,7 +79,10 @@ class Config:
                     f"{name} is for a model from scratch, but training.base_model names "
                     f"{self.training.base_model!r}: give one"
                 )
-            if section in ONE_CHOICE:
+            asked = self.training.objective == "sft" and makes_problems(self.data.corpus)
+            if asked and name == "sft.form":
+                raise ValueError(f"sft.form={value} is for files of examples, a task has grpo.prompt_form")
+            if section in ONE_CHOICE and not (asked and name in ASKING):
                 needed, choice = ONE_CHOICE[section]
                 chosen = getattr(self.training, needed)
                 if chosen != choice:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Record = dict[str, Any]  #: "step" and what was measured at it
 
 _HELD_OUT = {"eval_loss": "", "eval_reward": "reward "}  #: what was measured on held-out data, and how it is shown
+_UNITS = {"loss": "nats a token", "reward": "mean reward"}
 PROJECT = "heddle"  #: what trackers file runs under
 NO_TRACKER = "none"
 
@@ -68,28 +69,43 @@ def read_metrics(path: str | Path) -> list[Record]:
     return records
 
 
-def draw(runs: Sequence[str | Path], out: str | Path) -> Path:
-    """The losses of runs, given by their folders, beside each other in one picture: a page, or a PNG by its suffix.
+def draw(runs: Sequence[str | Path], out: str | Path, metric: str | None = None) -> Path:
+    """A metric of runs, given by their folders, beside each other in one picture: a page, or a PNG by its suffix.
+
+    What was measured of it on held-out data is drawn dashed.
+
+    Args:
+        runs: their folders.
+        out: the page or picture to write.
+        metric: a field of their records; None: the reward, if all have one, or else the loss.
 
     Raises:
-        ValueError: a run with no loss yet.
+        ValueError: a run with no such metric yet.
     """
     from heddle import plot
 
     folders = [Path(run) for run in runs]
+    records = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    if metric is None:
+        metric = "reward" if all(any("reward" in record for record in run) for run in records) else "loss"
     alike = len({folder.name for folder in folders}) < len(folders)
-    curves, held_out = {}, []
-    for folder in folders:
-        name, records = str(folder) if alike else folder.name, read_metrics(folder / "metrics.jsonl")
-        for field, label in (("loss", name), ("eval_loss", f"{name}, held out")):
-            points = [(record["step"], record[field]) for record in records if field in record]
+    curves, dashed = {}, []
+    for folder, run in zip(folders, records, strict=True):
+        name = str(folder) if alike else folder.name
+        for field, label in ((metric, name), (f"eval_{metric}", f"{name}, held out")):
+            points = [(record["step"], record[field]) for record in run if field in record]
             if points:
                 curves[label] = tuple(zip(*points, strict=True))
-            elif field == "loss":
-                raise ValueError(f"{folder} must hold a run with at least one step done, got none")
-        held_out.append(f"{name}, held out")
-    dashed = [name for name in held_out if name in curves]
-    picture = plot.lines(curves, title="Loss", x="step", y="nats a token", dashed=dashed)
+                dashed += [] if field == metric else [label]
+            elif field == metric:
+                known = sorted({name for record in run for name in record} - {"step"})
+                raise ValueError(
+                    f"{folder} must hold a run with at least one step done that tells its {metric}, got "
+                    + (f"one with {', '.join(known)}" if known else "none")
+                )
+    picture = plot.lines(
+        curves, title=metric.capitalize().replace("_", " "), x="step", y=_UNITS.get(metric, metric), dashed=dashed
+    )
     return picture.png(out) if str(out).endswith(".png") else picture.html(out)
 
 
@@ -199,7 +215,7 @@ class ProgressBar:
         step, plain = record["step"], not self._console.is_terminal
         if not self._begun:  # a resumed run's first step isn't the first: don't estimate its speed from nothing
             self._begun = True
-            self._bar.reset(self._task, completed=step - 1)
+            self._bar.reset(self._task, completed=max(step - 1, 0))
         held_out = next((name for name in _HELD_OUT if name in record), None)
         if held_out is not None:
             self._evaluation = f"held-out {_HELD_OUT[held_out]}{record[held_out]:.4f}"

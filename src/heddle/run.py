@@ -13,10 +13,20 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from heddle.config import Config, load_config
-from heddle.data.corpora import Reader, open_corpus, tokenized
+from heddle.data.corpora import Reader, open_corpus, part_of, tokenized
 from heddle.data.examples import TakeExample, documents, open_examples
 from heddle.data.packing import Batch, Documents, Packer
-from heddle.data.tasks import Problem, Stream, Task, open_task, parse_settings, prompt_encoder
+from heddle.data.tasks import (
+    Problem,
+    Stream,
+    Task,
+    answered,
+    asking,
+    makes_problems,
+    open_task,
+    parse_settings,
+    prompt_encoder,
+)
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
 from heddle.options import MeshOptions
 
@@ -27,8 +37,8 @@ CHANGEABLE = {
     *(
         f"training.{name}"
         for name in (
-            "max_steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_batches", "checkpoint_every",
-            "keep", "keep_best", "report_to",
+            "max_steps", "accumulation", "remat", "max_nonfinite", "eval_every", "eval_first", "eval_batches",
+            "checkpoint_every", "keep", "keep_best", "report_to",
         )
     ),
 }  # fmt: skip
@@ -60,7 +70,12 @@ def training_data(config: Config) -> Data:
         }  # fmt: skip
         if training.objective == "lm":
             return open_corpus(name, field=data.field, **options)
-        sft = config.sft
+        sft, grpo = config.sft, config.grpo
+        if makes_problems(name):
+            task, answer_form = _task(config, name)
+            ask = asking(tokenizer, answer_form, form=grpo.prompt_form, system=grpo.system)
+            take = TakeExample(tokenizer, data.seq_len, sft.loss_on, "text", sft.overlong)
+            return part_of(answered(task, take, ask, answer_form), part, data.held_out)
         return open_examples(name, TakeExample(tokenizer, data.seq_len, sft.loss_on, sft.form, sft.overlong), **options)
 
     def as_tokens(reader: Reader) -> Documents:
@@ -113,12 +128,8 @@ def task_data(config: Config) -> TaskData:
     tokenizer = tokenizer_of(config)
 
     def opened(name: str) -> tuple[Task, dict[str, Any]]:
-        task = open_task(
-            name, parse_settings(options.task), seed=training.seed, subset=data.subset, split=data.split,
-            on_error=data.on_error,
-        )  # fmt: skip
-        form = task.answer_form if options.answer_form == "auto" else options.answer_form
-        return task, {"answer_form": form, "threshold": options.reward_threshold}
+        task, answer_form = _task(config, name)
+        return task, {"answer_form": answer_form, "threshold": options.reward_threshold}
 
     task, fields = opened(data.corpus)
     separate = data.eval_corpus is not None
@@ -133,6 +144,16 @@ def task_data(config: Config) -> TaskData:
             held_out = Stream(task, "train", 0, fields)
         evaluation = [held_out.take(task.levels) for _ in range(options.eval_prompts)]
     return TaskData(tokenizer, problems, encode, evaluation)
+
+
+def _task(config: Config, name: str) -> tuple[Task, str]:
+    """The task of this name as the configuration has it, and how its answers are written."""
+    data, options = config.data, config.grpo
+    task = open_task(
+        name, parse_settings(options.task), seed=config.training.seed, subset=data.subset, split=data.split,
+        on_error=data.on_error,
+    )  # fmt: skip
+    return task, task.answer_form if options.answer_form == "auto" else options.answer_form
 
 
 def place(name: str) -> str | None:

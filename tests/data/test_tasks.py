@@ -5,11 +5,16 @@ import json
 import pytest
 from chat_templates import CHATML
 
+from heddle.data.corpora import part_of
+from heddle.data.examples import TakeExample
 from heddle.data.tasks import (
     IN_TAGS,
     Largest,
     ReasoningGym,
     Stream,
+    answered,
+    asking,
+    makes_problems,
     open_task,
     parse_answer,
     parse_settings,
@@ -137,7 +142,37 @@ def test_prompts_as_text_and_as_chat():
     assert "Be long." in written("12>", system="Be long.")
 
 
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_right_answers_are_examples_of_what_rewards_are_for(form):
+    tokenizer = Tokenizer.bytes()
+    tokenizer.chat_template = CHATML
+    task = open_task("reasoning-gym:chain_sum", {"max_terms": 2, "max_digits": 1, "min_digits": 1}, seed=5)
+    ask, encode = (make(tokenizer, "tags", form=form) for make in (asking, prompt_encoder))
+    reader = part_of(answered(task, TakeExample(tokenizer, 512, form="text"), ask, "tags"), "train", 0.3)
+    stream = Stream(task, "train", 0.3, {"answer_form": "tags", "threshold": 1.0})
+    cursors = []
+    for _, (_, example, cursor) in zip(range(20), reader(0, None), strict=False):
+        prompt, fields = stream.take(task.levels)
+        cursors.append(cursor)
+        read = encode(prompt)
+        assert example.tokens[: len(read)].tolist() == read
+        assert not example.learned[: len(read)].any()
+        answer = tokenizer.decode(example.tokens[example.learned].tolist()).removesuffix("<|im_end|>\n")
+        assert score(answer, **fields) == 1
+    # It goes on behind a cursor; another epoch has other problems.
+    later, other = next(reader(0, cursors[4]))[1], next(reader(1, None))[1]
+    assert later.tokens.tolist() == list(reader_tokens(reader, 6))[5]
+    assert other.tokens.tolist() != next(reader_tokens(reader, 1))
+
+
+def reader_tokens(reader, count):
+    return (example.tokens.tolist() for _, (_, example, _) in zip(range(count), reader(0, None), strict=False))
+
+
 def test_what_is_no_task_is_refused():
+    assert makes_problems("largest")
+    assert makes_problems("reasoning-gym:gcd")
+    assert not makes_problems("largest.jsonl")
     assert parse_settings(["digits=2", "name=a b", "flag=true"]) == {"digits": 2, "name": "a b", "flag": True}
     with pytest.raises(ValueError, match=r"settings of largest must be digits, at least 1; got {'digits': 0}"):
         open_task("largest", {"digits": 0})

@@ -198,6 +198,16 @@ def test_configuration_says_what_examples_are(options, tmp_path):
         prepare(load_config(None, [*options, "data.corpus=stdlib"]))
     with pytest.raises(ValueError, match="form=chat needs a tokenizer with a chat template"):
         prepare(load_config(None, [*options, "sft.form=chat"]))
+    task = [*options, "data.corpus=largest", "grpo.task=[digits=2]", "data.seq_len=5"]
+    rows = next(prepare(load_config(None, task))[0]._data)
+    largest, answer = chr(max(rows.tokens[0][:2])), chr(rows.tokens[0][3])
+    assert (largest, chr(rows.tokens[0][2]), rows.targets[0].tolist()) == (answer, ">", [-1, -1, ord(answer), 256, -1])
+    with pytest.raises(ValueError, match=r"grpo\.num_generations is for training\.objective=grpo, but it is sft"):
+        load_config(None, [*task, "grpo.num_generations=4"])
+    with pytest.raises(ValueError, match=r"sft\.form=text is for files of examples, a task has grpo\.prompt_form"):
+        load_config(None, [*task, "sft.form=text"])
+    with pytest.raises(ValueError, match=r"grpo\.task is for training\.objective=grpo, but it is sft"):
+        load_config(None, [*options, "grpo.task=[digits=2]"])
     tokenizer = Tokenizer.bytes()
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(tmp_path / "tokenizer")

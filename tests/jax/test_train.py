@@ -121,7 +121,7 @@ def test_training_learns_and_the_module_handed_in_is_the_one_trained(uninterrupt
     losses = [r["loss"] for r in records(uninterrupted.output) if "loss" in r]
     assert losses[-1] < losses[0] - 0.3
     held_out = [r["eval_loss"] for r in records(uninterrupted.output) if "eval_loss" in r]
-    assert len(held_out) == 3
+    assert len(held_out) == 4  # the first before any step
     assert held_out == sorted(held_out, reverse=True)
     assert uninterrupted.evaluate()["eval_loss"] == held_out[-1]
     same = trainer(tmp_path, uninterrupted.model, evaluation=uninterrupted._evaluation)
@@ -280,7 +280,7 @@ def crash_at(step):
 
 def whole_run(output, **options):
     """The run of ``uninterrupted``, in another folder."""
-    options = {"eval_every": 4, "checkpoint_every": 3, "accumulation": 2} | options
+    options = {"eval_every": 4, "eval_first": True, "checkpoint_every": 3, "accumulation": 2} | options
     return trainer(output, evaluation=list(islice(packer(), 2)), **options)
 
 

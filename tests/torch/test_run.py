@@ -101,12 +101,12 @@ def launched(*command, **environment):
 
 def test_the_loss_falls_and_the_model_loads(options, tmp_path):
     records = []
-    trainer = run(load_config(None, [*options, *SIZES, *PARSCALE]), records.append)
+    trainer = run(load_config(None, [*options, *SIZES, *PARSCALE, "training.eval_first=true"]), records.append)
     folder = tmp_path / "run"
-    assert [step for step, _ in losses(folder)] == [1, 2, 3, 3, 4, 5, 6, 6]
-    assert losses(folder)[-1][1] < losses(folder)[3][1] < losses(folder)[0][1] == pytest.approx(np.log(257), rel=0.05)
+    assert [step for step, _ in losses(folder)] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+    assert losses(folder)[-1][1] < losses(folder)[4][1] < losses(folder)[0][1] == pytest.approx(np.log(257), rel=0.05)
     assert read_metrics(folder / "metrics.jsonl") == records
-    assert set(records[0]) == {
+    assert set(records[1]) == {
         "step", "loss", "tokens", "gradient_norm", "learning_rate", "tokens_per_second", "seconds", "mfu"
     }  # fmt: skip
     assert all(r["mfu"] > 0 for r in records if "mfu" in r)

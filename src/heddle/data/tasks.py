@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,8 +18,8 @@ import numpy as np
 
 from heddle.options import ANSWER_FORMS, SFT_FORMS
 
-from .chat import Message
-from .corpora import is_held_out, open_records
+from .chat import ASSISTANT, Message
+from .corpora import Reader, Take, is_held_out, open_records
 from .tokenizers import Tokenizer
 
 LARGEST, GYM = "largest", "reasoning-gym:"
@@ -28,6 +28,7 @@ OPEN, CLOSE = "<answer>", "</answer>"
 IN_TAGS = f"Put the final answer, and nothing else, between {OPEN} and {CLOSE}, at the very end."
 
 _ENDLESS = 2**30  #: problems of a task that makes them up
+_EPOCH = 10_000  #: of those, what one time through is to who reads them as examples
 _TRIES = 1000  #: problems looked at for one that is held out, or isn't
 
 
@@ -80,13 +81,21 @@ class Stream:
         for _ in range(_TRIES):
             problem = self.task.problem(self.next, level)
             self.next += 1
-            key = json.dumps(problem.prompt, sort_keys=True, default=str)
-            if is_held_out(key, self._share) == (self._part == "held_out"):
+            if is_held_out(_key(problem), self._share) == (self._part == "held_out"):
                 return Problem(problem.prompt, {**problem.fields, **self._fields})
         raise ValueError(
             f"data.held_out={self._share} leaves none of {_TRIES} problems of level {level} "
             + ("to evaluate on: raise it" if self._part == "held_out" else "to train on: lower it")
         )
+
+
+def _key(problem: Problem) -> str:
+    return json.dumps(problem.prompt, sort_keys=True, default=str)
+
+
+def makes_problems(name: str) -> bool:
+    """Whether this names a task that makes its problems up, and no file."""
+    return name == LARGEST or name.startswith(GYM)
 
 
 def open_task(
@@ -239,13 +248,13 @@ def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
 # ---------------------------------------------------------------------- prompts as token ids
 
 
-def prompt_encoder(
+def asking(
     tokenizer: Tokenizer, answer_form: str, *, form: str = "auto", system: str | None = None
-) -> Callable[[str | Sequence[Message]], list[int]]:
-    """What makes a prompt into token ids.
+) -> Callable[[str | Sequence[Message]], str | list[Message]]:
+    """What makes a prompt into the text or the conversation that a model reads.
 
     Args:
-        tokenizer: whose chat template writes conversations.
+        tokenizer: which may have a chat template.
         answer_form: of the task, which says how answers are to be written.
         form: ``"chat"``, a prompt that is text becomes a user's message; ``"text"``; ``"auto"``, as a chat where there
             is a template.
@@ -260,15 +269,54 @@ def prompt_encoder(
         raise ValueError("prompt_form=chat needs a tokenizer with a chat template, this one has none")
     before = (IN_TAGS if answer_form == "tags" else "") if system is None else system
 
-    def encode(prompt: str | Sequence[Message]) -> list[int]:
+    def ask(prompt: str | Sequence[Message]) -> str | list[Message]:
         if isinstance(prompt, str) and (form == "text" or not tokenizer.chat_template):
-            return tokenizer.encode(f"{before}\n\n{prompt}\n" if before else prompt)
+            return f"{before}\n\n{prompt}\n" if before else prompt
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if before and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": before}, *messages]
-        return tokenizer.encode(tokenizer.chat(messages), add_special=False)
+        return messages
+
+    return ask
+
+
+def prompt_encoder(
+    tokenizer: Tokenizer, answer_form: str, *, form: str = "auto", system: str | None = None
+) -> Callable[[str | Sequence[Message]], list[int]]:
+    """What makes a prompt into token ids; arguments and errors as of :func:`asking`."""
+    ask = asking(tokenizer, answer_form, form=form, system=system)
+
+    def encode(prompt: str | Sequence[Message]) -> list[int]:
+        asked = ask(prompt)
+        if isinstance(asked, str):
+            return tokenizer.encode(asked)
+        return tokenizer.encode(tokenizer.chat(asked), add_special=False)
 
     return encode
+
+
+def answered(task: Task, take: Take, ask: Callable[[Any], str | list[Message]], answer_form: str) -> Reader:
+    """A task's problems of its highest level with their right answers, as examples to learn from.
+
+    Each has the key by which :class:`Stream` deals problems, so that what is held out from one is from the other.
+    10,000 problems are an epoch; the next one's are others.
+
+    Args:
+        task: one that makes its problems up, see :func:`makes_problems`.
+        take: what makes a record of ``prompt`` and ``completion`` into an example.
+        ask: see :func:`asking`.
+        answer_form: how answers are written.
+    """
+
+    def read(epoch: int, cursor: Any) -> Iterator[tuple[str, Any, Any]]:
+        for number in range(cursor or 0, _EPOCH):
+            problem = task.problem(epoch * _EPOCH + number, task.levels)
+            prompt, answer = ask(problem.prompt), str(problem.fields["answer"])
+            said = f"{OPEN}{answer}{CLOSE}" if answer_form == "tags" else answer
+            completion = said if isinstance(prompt, str) else [{"role": ASSISTANT, "content": said}]
+            yield _key(problem), take({"prompt": prompt, "completion": completion})[1], number + 1
+
+    return read
 
 
 # ---------------------------------------------------------------------- answers

@@ -232,6 +232,8 @@ class Trainer:
                 metrics.sync()
             self._save(checkpoints, evaluated)
 
+        if options.eval_first and not done and len(self._evaluation):
+            write({"step": 0, **self.evaluate()})
         with closing(self._batches()) as batches:
             since, running = 0.0, None  # the step that the device works at while the host prepares the next
             for step, (batch, after) in zip(range(done + 1, options.max_steps + 1), batches, strict=False):
