@@ -1,13 +1,26 @@
 """Adapters: PEFT computes the same with them, merging changes nothing, and nothing else is trained."""
 
 import json
+import shutil
+from functools import partial
 
 import jax
 import numpy as np
+import optax
 import pytest
 import torch
 from compile_once import compile_once  # noqa: F401
 from flax import nnx
+from mesh_cases import (
+    MESHES,
+    assert_close,
+    assert_gradients_close,
+    build,
+    curve,
+    loss_and_gradients,
+    packed,
+    trainer,
+)
 from tiny_models import hugging_face, tokens
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +29,7 @@ from heddle.data.tokenizers import Tokenizer
 from heddle.jax.lora import add_adapters, linear_layers, load_adapter, merge_adapters, save_adapter
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
+from heddle.jax.parallel import create, dotted, make_mesh, shardings
 from heddle.jax.run import run
 from heddle.metrics import read_metrics
 
@@ -40,7 +54,7 @@ def disturb(model):
     for i, layer in enumerate(linear_layers(model).values()):
         if layer.adapter is not None:
             b = layer.adapter.b
-            b[...] = 0.1 * jax.random.normal(jax.random.key(i), b.shape)
+            b[...] = jax.device_put(0.1 * jax.random.normal(jax.random.key(i), b.shape), b[...].sharding)
 
 
 def theirs(folder):
@@ -173,3 +187,114 @@ def test_a_run_trains_adapters_alone_and_resumes(tmp_path):
     np.testing.assert_allclose(logits(adapted), ours, atol=2e-4)
     average = np.asarray(Transformer.from_pretrained(tmp_path / "whole" / "model-average")(IDS))
     assert np.abs(average - ours).max() > 1e-4
+
+
+# ---------------------------------------------------------------------- on a mesh
+
+
+def on_mesh(kind, mesh):
+    """A model with adapters, alone and on the mesh."""
+    models = build(kind), create(partial(build, kind), make_mesh(**MESHES[mesh]))
+    for model in models:
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        targets = None if tied or kind == "longnet" else ["lm_head", "q_proj", "k_proj", "o_proj", "down_proj"]
+        add_adapters(model, 3, 5.0, targets, rngs=nnx.Rngs(2))
+        disturb(model)
+    return models
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("llama", "fsdp, tensor"), ("tied, biases", "context, tensor"), ("joint", "context, tensor"),
+        pytest.param("dilated", "context, tensor", marks=pytest.mark.slow),
+        pytest.param("longnet", "fsdp, tensor", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_adapters_are_cut_as_their_layers_and_compute_what_one_devices_do(kind, mesh, tmp_path):
+    alone, spread = on_mesh(kind, mesh)
+    for name, layer in linear_layers(spread).items():
+        if layer.adapter is None:
+            continue
+        (inputs, outputs), a, b = (
+            x[...].sharding.shard_shape(x.shape) for x in (layer.weight, layer.adapter.a, layer.adapter.b)
+        )
+        assert (a, b) == ((inputs, 3), (3, outputs)), name
+        assert inputs * outputs < layer.weight.size or mesh == "context", name
+    batch = packed()
+    (want, expected), (loss, gradients) = (loss_and_gradients(model, batch, nnx.LoRAParam) for model in (alone, spread))
+    assert float(loss) == pytest.approx(float(want), rel=1e-6)
+    assert_gradients_close(gradients, expected)
+    moved = [float(abs(leaf).max()) for leaf in jax.tree.leaves(expected)]
+    assert min(moved) > 1e-4
+
+    for model, name in ((alone, "alone"), (spread, "spread")):
+        save_adapter(model, tmp_path / name, "base")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "spread" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+    loaded = create(partial(build, kind), spread.mesh)
+    load_adapter(loaded, tmp_path / "spread")
+    for one, other in zip(*map(jax.tree.leaves, (loaded, spread)), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+
+    for model in (alone, spread):
+        merge_adapters(model)
+    for one, other in zip(*map(jax.tree.leaves, (spread, alone)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
+    for one, where in zip(jax.tree.leaves(spread), jax.tree.leaves(shardings(spread, spread.mesh)), strict=True):
+        assert one.sharding.is_equivalent_to(where, one.ndim)
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_on_a_mesh_is_one_devices_and_goes_on_on_another(tmp_path):
+    """Gradients and optimiser state are cut too; on the same mesh a run goes on bit for bit."""
+    trainer(tmp_path / "one", rank=3).fit()
+    sizes = {"fsdp": 4, "tensor": 2}
+    whole = trainer(tmp_path / "whole", sizes, rank=3)
+    parts, inner = {}, whole._optimizer
+
+    def update(gradient, *rest):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+
+            def note(where, name=path, shape=leaf.shape):
+                parts[dotted(name)] = where.shard_shape(shape)
+
+            jax.debug.inspect_array_sharding(leaf, callback=note)
+        return inner.update(gradient, *rest)
+
+    whole._optimizer = optax.GradientTransformation(inner.init, update)
+    whole.fit()
+    moments = whole.state.optimizer[1][0].mu
+    layers = "layers", 0
+    for (layer, of), a, b in (
+        (("attention", "q"), (32 // 4, 3), (3, 32 // 2)),
+        (("attention", "o"), (32 // 2, 3), (3, 32 // 4)),
+        (("ffn", "gate"), (32 // 4, 3), (3, 16 // 2)),
+        (("ffn", "down"), (16 // 2, 3), (3, 32 // 4)),
+    ):
+        for name, shape in (("a", a), ("b", b)):
+            path = *layers, layer, of, "adapter", name
+            assert parts[".".join(map(str, path))] == shape
+            for tree in (moments, nnx.filter_state(whole.state.model, nnx.LoRAParam)):
+                for key in path:
+                    tree = tree[key]
+                assert {shard.data.shape for shard in tree.get_value().addressable_shards} == {shape}
+    assert_close(curve(tmp_path / "whole"), curve(tmp_path / "one"))
+
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "cut", sizes, rank=3, checkpoint_every=1).fit(stop)
+    for number, other in enumerate((sizes, {"data": 2, "fsdp": 2, "context": 2}, None)):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "cut", folder)
+        on, steps = trainer(folder, other, rank=3), []
+        on.fit(steps.append)
+        assert steps[0]["step"] == 3
+        if other == sizes:
+            assert curve(folder) == curve(tmp_path / "whole")
+        else:
+            assert_close(curve(folder), curve(tmp_path / "whole"))

@@ -13,17 +13,29 @@ import pytest
 from compile_once import compile_once  # noqa: F401
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from mesh_cases import (
+    CONFIGS,
+    MESHES,
+    ROWS,
+    SEQ,
+    SIZES,
+    assert_close,
+    assert_gradients_close,
+    build,
+    config,
+    curve,
+    loss_and_gradients,
+    packed,
+    trainer,
+)
 
-from attention_cases import segments
-from heddle.data.packing import NO_TARGET, Batch, Packer
 from heddle.data.tokenizers import Tokenizer
 from heddle.jax.checkpoint import Safetensors
 from heddle.jax.engine import Engine, Request
 from heddle.jax.generation import generate
 from heddle.jax.lm import cross_entropy, lm
-from heddle.jax.longnet import LongNetConfig, LongNetLM
 from heddle.jax.model import Transformer
-from heddle.jax.model_config import Dilation, ModelConfig
+from heddle.jax.model_config import Dilation
 from heddle.jax.parallel import (
     Layout,
     check_parameters,
@@ -33,64 +45,6 @@ from heddle.jax.parallel import (
     place,
     shardings,
 )  # fmt: skip
-from heddle.jax.train import Trainer
-from heddle.metrics import read_metrics
-from heddle.options import TrainingOptions
-
-SEQ, ROWS = 32, 4
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "initializer_range": 0.3,
-}  # fmt: skip
-
-#: For programs that take longer to compile than to run.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def config(**options):
-    return ModelConfig(**SIZES | options)
-
-
-def parscale(mode):
-    return config(model_type="qwen2").with_parscale(
-        parscale_n=2, parscale_n_tokens=3, enable_cross_attn=True, parscale_cross_attn_mode=mode
-    )
-
-
-def longnet():
-    sizes = {name: SIZES[name] for name in SIZES if name not in ("num_key_value_heads", "initializer_range")}
-    return LongNetConfig(**sizes, segment_lengths=(4, 16), dilation_rates=(1, 2))
-
-
-CONFIGS = {
-    "llama": config,
-    "tied, biases": partial(config, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
-    "window": partial(config, model_type="mistral", sliding_window=5),
-    "dilated": partial(config, num_key_value_heads=4, attention=Dilation((4, 16), (1, 2))),
-    "joint": partial(parscale, "joint"),
-    "sublayer": partial(parscale, "sublayer"),
-    "longnet": longnet,
-}
-
-
-def build(kind, **options):
-    made = CONFIGS[kind]()
-    return (LongNetLM if kind == "longnet" else Transformer)(made, rngs=nnx.Rngs(0), **options)
-
-
-def packed():
-    """Rows of documents and padding, one of them a single document."""
-    rows = [segments(9, 14, padding=9), segments(SEQ), segments(3, 20, 5, padding=4), segments(1, 31)]
-    ids = np.concatenate(rows)
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, SIZES["vocab_size"], ids.shape).astype(np.int32)
-    follows = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
-    targets = np.pad(np.where(follows, tokens[:, 1:], NO_TARGET), ((0, 0), (0, 1)), constant_values=NO_TARGET)
-    begins = np.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-    starts = np.maximum.accumulate(np.where(begins, np.arange(SEQ), 0), axis=1)
-    positions = np.where(ids < 0, 0, np.arange(SEQ) - starts)
-    return Batch(tokens, ids.astype(np.int32), positions.astype(np.int32), targets.astype(np.int32))
-
 
 # ---------------------------------------------------------------- meshes and the table
 
@@ -131,6 +85,10 @@ def test_the_table():
     assert partition_spec("layers.0.attention.replicas.prefix_k", 4) == PartitionSpec(None, "tensor", None, None)
     assert partition_spec("layers.0.attention_norm.weight", 1) == PartitionSpec(None)
     assert partition_spec("v_row.layers.0.attention.q.weight", 1) == PartitionSpec(None)  # a factor of its moment
+    assert partition_spec("layers.0.ffn.down.adapter.a", 2) == PartitionSpec("tensor", None)
+    assert partition_spec("1.0.mu.layers.0.ffn.down.adapter.b", 2) == PartitionSpec(None, "fsdp")
+    assert partition_spec("v_row.layers.0.ffn.down.adapter.b", 1) == PartitionSpec(None)
+    assert partition_spec("layers.0.another.adapter.a", 2) == PartitionSpec(None, None)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -182,26 +140,6 @@ def test_a_batch_that_devices_cannot_share(batch, seq, message):
 
 # ---------------------------------------------------------------- the forward and its gradients
 
-MESHES = {
-    "fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
-    "context, tensor": {"fsdp": 2, "context": 2, "tensor": 2},
-    "context": {"data": 2, "context": 4},
-}
-
-
-def loss_and_gradients(model, batch):
-    graph, params = nnx.split(model)
-
-    @jit
-    def run(params, batch):
-        def loss(params):
-            total, count, _ = lm(nnx.merge(graph, params), batch, None)
-            return total / count
-
-        return jax.value_and_grad(loss)(params)
-
-    return run(params, batch)
-
 
 @pytest.mark.parametrize(
     ("kind", "mesh"),
@@ -225,11 +163,7 @@ def test_loss_and_gradients_are_one_devices(kind, mesh):
         np.testing.assert_allclose(a, b, rtol=1e-6)  # created in parts, the same numbers
     loss, gradients = loss_and_gradients(model, batch)
     assert float(loss) == pytest.approx(float(want), rel=1e-6)
-    for (path, got), expected in zip(
-        jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(want_gradients), strict=True
-    ):
-        scale = float(jnp.abs(expected).max())
-        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * max(scale, 1e-3), err_msg=str(path))
+    assert_gradients_close(gradients, want_gradients)
 
 
 def test_logits_without_documents_and_of_each_replicas_own():
@@ -360,38 +294,6 @@ def test_serving_over_tensor_alone():
 
 
 # ---------------------------------------------------------------- training
-
-
-def documents(epoch, cursor):
-    random = np.random.default_rng(epoch)
-    lengths, starts = random.integers(1, 60, 60), random.integers(0, 64, 60)
-    for at in range(cursor or 0, 60):
-        yield (starts[at] + np.arange(lengths[at])) % 64, at + 1
-
-
-def trainer(output, sizes=None, **changes):
-    options = {
-        "max_steps": 6, "batch_size": 16, "accumulation": 2, "learning_rate": 1e-2, "checkpoint_every": 3, "clip": 0.5,
-        "eval_every": 6,
-    }  # fmt: skip
-    options = TrainingOptions(**options | changes)
-    made = config(num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    mesh = None if sizes is None else make_mesh(**sizes)
-    model = create(lambda: Transformer(made, rngs=nnx.Rngs(0)), mesh)
-    evaluation = [next(Packer(documents, SEQ, 8, seed=9, window=400))]
-    return Trainer(model, lm, Packer(documents, SEQ, 16, seed=1, window=400), options, output, evaluation)
-
-
-def curve(output):
-    times = {"seconds", "tokens_per_second"}
-    records = read_metrics(output / "metrics.jsonl")
-    return [{name: value for name, value in record.items() if name not in times} for record in records]
-
-
-def assert_close(got, want):
-    assert len(got) == len(want)
-    for a, b in zip(got, want, strict=True):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-6), (a, b)
 
 
 @pytest.fixture(scope="module")

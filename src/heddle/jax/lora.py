@@ -20,7 +20,7 @@ from heddle.data.locate import read_json
 from .checkpoint import hugging_face_name, replacing, write_json
 from .layers import Linear, LowRank
 from .model import LanguageModel
-from .parallel import to_host
+from .parallel import place, to_host
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _SAVED = re.compile(r"adapter_(config\.json|model\.safetensors)")
@@ -36,6 +36,8 @@ def add_adapters(
     model: LanguageModel, rank: int, alpha: float, targets: Sequence[str] | None = None, *, rngs: nnx.Rngs
 ) -> list[str]:
     """Put adapters beside linear layers, in place. Nothing changes before they are trained.
+
+    On a mesh they are cut as their layers are.
 
     Args:
         model: a :class:`~heddle.jax.Transformer` or :class:`~heddle.jax.LongNetLM`.
@@ -67,6 +69,7 @@ def add_adapters(
     for name in chosen:
         inputs, outputs = layers[name].weight.shape
         layers[name].adapter = LowRank(inputs, outputs, rank, alpha / rank, rngs=rngs, dtype=jnp.float32)
+    _spread(model)
     return chosen
 
 
@@ -144,6 +147,7 @@ def load_adapter(model: LanguageModel, folder: str | Path) -> list[str]:
         adapter = LowRank(inputs, outputs, rank, scale, rngs=nnx.Rngs(0), dtype=jnp.float32)
         adapter.a[...], adapter.b[...] = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
         layers[name].adapter = adapter
+    _spread(model)
     return names
 
 
@@ -156,6 +160,12 @@ def linear_layers(model: LanguageModel) -> dict[str, Linear]:
             name = "lm_head.weight" if module is model.head else hugging_face_name(ours, model.config)
             layers[name.removesuffix(".weight")] = module
     return layers
+
+
+def _spread(model: LanguageModel) -> None:
+    """Move what is new of a model to where it belongs on its mesh."""
+    if model.mesh is not None:
+        nnx.update(model, nnx.state(place(model, model.mesh)))
 
 
 def _is_named(name: str, target: str) -> bool:

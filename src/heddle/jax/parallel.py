@@ -54,7 +54,8 @@ AXES: dict[str, Axes] = {
     "vocab": "tensor",
 }
 
-#: The axes of parameters by the end of their path, for the optimiser's state too; of others nothing is cut.
+#: The axes of parameters by the end of their path, for the optimiser's state too; of others nothing is cut. Adapters
+#: follow the weights that they stand beside.
 PARAMETERS: dict[str, tuple[str | None, ...]] = {
     "embedding": ("vocab", "embed"),
     "head.weight": ("embed", "vocab"),
@@ -194,9 +195,13 @@ def parameter_axes(path: str, ndim: int) -> tuple[str | None, ...]:
     """The names of a parameter's axes by its dotted path, such as ``layers.0.attention.q.weight``.
 
     Also of what an optimiser keeps of it, under a path that ends alike. What has another number of axes than its
-    parameter, as the factors of a moment, is whole.
+    parameter, as the factors of a moment, is whole. An adapter's ``a`` has the inputs' axis of the weight beside it,
+    ``b`` the outputs'; along their rank both are whole.
     """
     parts = path.split(".")
+    if parts[-2:-1] == ["adapter"] and ndim == 2:
+        inputs, outputs = parameter_axes(".".join([*parts[:-2], "weight"]), 2)
+        return (inputs, None) if parts[-1] == "a" else (None, outputs)
     for length in (3, 2, 1):
         axes = PARAMETERS.get(".".join(parts[-length:]))
         if axes is not None and len(axes) == ndim:
