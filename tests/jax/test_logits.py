@@ -77,6 +77,29 @@ def test_log_probabilities_and_entropies_are_torchs(max_bytes, temperature):
     assert log_probabilities(lambda x: x @ WEIGHT, HIDDEN, TARGETS).entropy is None
 
 
+def test_stretches_without_a_target_are_passed_over():
+    """Only where some row has a target is a head computed, forward and backward; the results are the same."""
+    targets, computed = jnp.full((2, 12), NO_TARGET).at[:, 4].set(3).at[1, 5].set(4), []
+    hidden = jax.random.normal(jax.random.key(2), (2, 12, 8))
+
+    def loss(weight, hidden, max_bytes):
+        def head(x):
+            jax.debug.callback(lambda: computed.append(1))
+            return x @ weight
+
+        return cross_entropy(head, hidden, targets, max_bytes=max_bytes)[0]
+
+    def gradients(max_bytes):
+        computed.clear()
+        found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(WEIGHT, hidden, max_bytes)
+        jax.effects_barrier()
+        return found, len(computed)
+
+    (whole, _), (parts, times) = gradients(2**26), gradients(BYTES[1])  # three tokens a row at a time: one of four parts
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parts, whole)
+    assert times == 2  # in the forward pass, and once more in the backward pass
+
+
 def test_a_temperature_must_be_positive():
     with pytest.raises(ValueError, match=r"temperature must be positive, got 0\.0"):
         log_probabilities(lambda x: x @ WEIGHT, HIDDEN, TARGETS, temperature=0.0)

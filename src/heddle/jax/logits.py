@@ -1,8 +1,8 @@
 """What training wants to know of the logits without ever holding all of them: losses, log-probabilities, entropies.
 
-Everything is computed in float32, a stretch of ``seq`` at a time, each recomputed in the backward pass: the float32
+Everything is computed in float32 (float64 for float64), a stretch of ``seq`` at a time, each recomputed in the backward pass: the float32
 logits that exist at one time take ``max_bytes`` of a device at most (or those of one token a row), whatever length and
-vocabulary.
+vocabulary. A stretch in which no row has a target is passed over.
 """
 
 from __future__ import annotations
@@ -118,10 +118,19 @@ def _by_stretches(head: Head, measure: Callable, hidden, targets, layout: Layout
 
     def part(hidden, targets):
         logits = layout(head(layout(hidden, "batch", "seq")), "batch", "seq", "vocab")
-        return measure(logits.astype(jnp.float32), targets)
+        return measure(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), targets)
 
     if parts == 1:
         return part(hidden, targets)
+    nothing = jax.eval_shape(part, hidden[:, : sharers * stretch], targets[:, : sharers * stretch])
+
+    def part_with_targets(hidden, targets):
+        """Prompts and padding of all rows together, as GRPO has them, need no logits."""
+
+        def empty(hidden, targets):
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+
+        return jax.lax.cond((targets != NO_TARGET).any(), part, empty, hidden, targets)
 
     def cut(x, fill):
         x = x.reshape(batch, sharers, own, *x.shape[2:])
@@ -134,5 +143,5 @@ def _by_stretches(head: Head, measure: Callable, hidden, targets, layout: Layout
         return x.reshape(batch, sharers, -1)[:, :, :own].reshape(batch, seq)
 
     inputs = cut(hidden, 0), cut(targets, NO_TARGET)
-    _, measured = jax.lax.scan(lambda _, x: (None, jax.checkpoint(part)(*x)), None, inputs)
+    _, measured = jax.lax.scan(lambda _, x: (None, jax.checkpoint(part_with_targets)(*x)), None, inputs)
     return jax.tree.map(joined, measured)
