@@ -7,32 +7,27 @@ come out piece by piece.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from heddle.data.tokenizers import Tokenizer
 
 from . import scheduler
-from .answer import Answer, TokenLogprobs, stop_strings
+from .answer import TokenLogprobs
 from .blocks import Blocks
 from .generation import Completion
 from .model import LanguageModel, Transformer
-from .paged import LEAST_READ, MOST_LOGPROBS, Device
-from .prompts import check_logprobs, check_max_tokens, encode_prompt
-from .sampling import Greedy, Mixed, Sampler, history, needs_history
+from .paged import LEAST_READ, Device
+from .requests import CANCELLED, ERROR, TIMEOUT, Event, Handle, Request, accept
+from .sampling import Greedy, Mixed
 from .scheduler import Scheduler
 
 log = logging.getLogger(__name__)
-
-#: Why an answer ended, beside "stop" and "length".
-CANCELLED, TIMEOUT, ERROR = "cancelled", "timeout", "error"
 
 
 class QueueFull(Exception):
@@ -41,109 +36,6 @@ class QueueFull(Exception):
 
 class Closed(Exception):
     """The engine takes no more requests."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to answer, and how.
-
-    Args:
-        prompt: text, or token ids.
-        max_tokens: of each answer, at most; the context is a bound too.
-        sampler: a usual one, as :func:`heddle.jax.sampler` makes it; None: the likeliest token.
-        seed: of the first answer; the others take the numbers after it.
-        n: how many answers; their prompt is read once.
-        stop: strings that end an answer, which are left out of it.
-        stop_ids: token ids that end an answer; None: the tokenizer's and the model's.
-        logprobs: tell each token's log-probability, and those of so many likeliest ones, up to ``MOST_LOGPROBS``.
-        timeout: seconds after which it ends, wherever it is.
-    """
-
-    prompt: str | Sequence[int]
-    max_tokens: int = 128
-    sampler: Sampler | None = None
-    seed: int = 0
-    n: int = 1
-    stop: str | Sequence[str] = ()
-    stop_ids: Sequence[int] | None = None
-    logprobs: int | None = None
-    timeout: float | None = None
-
-
-class Event(NamedTuple):
-    """What came of one of a request's answers: a piece, or at the end perhaps its reason alone (token -1)."""
-
-    index: int  #: of the answer
-    text: str
-    token: int
-    finish_reason: str | None
-    logprobs: TokenLogprobs | None = None
-
-
-class Handle:
-    """A request under way. Iterating over it, from any thread or with ``async for``, gives its events, once.
-
-    The events of each answer end with one that has a ``finish_reason``: ``"stop"``, ``"length"``, ``"cancelled"``,
-    ``"timeout"`` or, if the engine failed, ``"error"``.
-    """
-
-    def __init__(self, engine: Engine, request: Request, prompt_tokens: int, stop_ids: frozenset[int]):
-        self.request, self.prompt_tokens, self.stop_ids = request, prompt_tokens, stop_ids
-        self.reused_tokens = 0  #: of the prompt, that the cache held already; known with the first event
-        self.arrival = time.monotonic()
-        self._engine = engine
-        self._unfinished = set(range(request.n))
-        self._sequences: dict[int, scheduler.Sequence] = {}
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._listener: Callable[[Event], object] | None = None
-        self._lock = threading.Lock()
-
-    def cancel(self) -> None:
-        """End it soon: its blocks are given back, and whoever iterates over it is told."""
-        self._engine._cancel(self)
-
-    def __iter__(self) -> Iterator[Event]:
-        left = self.request.n
-        while left:
-            event = self._events.get()
-            left -= event.finish_reason is not None
-            yield event
-
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        loop, arrived, left = asyncio.get_running_loop(), asyncio.Queue(), self.request.n
-        with self._lock:
-            while not self._events.empty():
-                arrived.put_nowait(self._events.get())
-            self._listener = lambda event: loop.call_soon_threadsafe(arrived.put_nowait, event)
-        while left:
-            event = await arrived.get()
-            left -= event.finish_reason is not None
-            yield event
-
-    def result(self) -> list[Completion]:
-        """Wait for all answers."""
-        texts, tokens, told = ([[] for _ in range(self.request.n)] for _ in range(3))
-        reasons: list[str] = [""] * self.request.n
-        for event in self:
-            texts[event.index].append(event.text)
-            tokens[event.index] += [event.token] if event.token >= 0 else []
-            told[event.index] += [event.logprobs] if event.logprobs else []
-            reasons[event.index] = event.finish_reason or ""
-        wanted = self.request.logprobs is not None
-        return [
-            Completion("".join(text), tuple(ids), reason, self.prompt_tokens, tuple(each) if wanted else None)
-            for text, ids, reason, each in zip(texts, tokens, reasons, told, strict=True)
-        ]
-
-    def _tell(self, event: Event) -> None:
-        with self._lock:
-            if self._listener is None:
-                self._events.put(event)
-                return
-        try:
-            self._listener(event)
-        except RuntimeError:  # its event loop is closed: nobody listens any more
-            self.cancel()
 
 
 @dataclass
@@ -230,7 +122,7 @@ class Engine:
             QueueFull: as many requests wait as may.
             Closed: the engine takes no more.
         """
-        handle = self._check(request)
+        handle = self._handle(request)
         with self._condition:
             if self._closing:
                 raise Closed("the engine is shutting down")
@@ -242,7 +134,7 @@ class Engine:
 
     def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """Answer all requests, however many: of each its ``n`` answers."""
-        handles = [self._check(request) for request in requests]
+        handles = [self._handle(request) for request in requests]
         with self._condition:
             if self._closing:
                 raise Closed("the engine is shutting down")
@@ -379,6 +271,7 @@ class Engine:
             [len(row.answer.tokens) for row in rows],
             [row.history for row in rows],
             any(row.logprobs is not None for row in rows),
+            [row.logprobs_temperature for row in rows],
         )
         for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             self.scheduler.was_written(row)
@@ -404,7 +297,7 @@ class Engine:
         """Take in what came, and let go of what nobody wants any more."""
         with self._condition:
             while self._inbox:
-                self.scheduler.add(self._inbox.popleft()._sequences[0])
+                self.scheduler.add(self._inbox.popleft().sequences[0])
             cancelled = set(self._cancelled)
             self._cancelled.clear()
         now = time.monotonic()
@@ -417,9 +310,9 @@ class Engine:
 
     def _end(self, handle: Handle, reason: str) -> None:
         """End those answers of a request that haven't ended by themselves."""
-        for index in sorted(handle._unfinished):
-            if index in handle._sequences:
-                self.scheduler.remove(handle._sequences[index])
+        for index in sorted(handle.unfinished):
+            if index in handle.sequences:
+                self.scheduler.remove(handle.sequences[index])
             self._tell(handle, Event(index, "", -1, reason))
 
     def _fail(self) -> None:
@@ -434,13 +327,14 @@ class Engine:
     def _tell(self, handle: Handle, event: Event) -> None:
         if event.finish_reason:
             self.counters.finished[event.finish_reason] += 1
-            handle._unfinished.discard(event.index)
-            if not handle._unfinished:
+            handle.unfinished.discard(event.index)
+            if not handle.unfinished:
                 with self._condition:
                     self._handles.discard(handle)
-        handle._tell(event)
+        handle.tell(event)
 
-    # ------------------------------------------------------------------ arguments
+    def _handle(self, request: Request) -> Handle:
+        return accept(request, self.model, self.tokenizer, self.room, self.scheduler.max_batch, self._cancel)
 
     def _put(self, handle: Handle) -> None:
         self._inbox.append(handle)
@@ -454,54 +348,22 @@ class Engine:
                 self._cancelled.append(handle)
                 self._condition.notify()
 
-    def _check(self, request: Request) -> Handle:
-        """The request as a handle with its first sequence."""
-        config, tokenizer = self.model.config, self.tokenizer
-        prompt = encode_prompt(self.model, tokenizer, "prompt", request.prompt).tolist()
-        if len(prompt) >= self.room:
-            raise ValueError(f"prompt must be shorter than the cache's room of {self.room} tokens, got {len(prompt)}")
-        check_max_tokens(request.max_tokens)
-        if not 0 <= request.seed < 2**32:
-            raise ValueError(f"seed must be an integer in [0, 2**32), got {request.seed!r}")
-        if not 1 <= request.n <= self.scheduler.max_batch:
-            raise ValueError(f"n must be in [1, {self.scheduler.max_batch}], the largest batch, got {request.n}")
-        check_logprobs(request.logprobs, MOST_LOGPROBS)
-        if request.timeout is not None and not request.timeout > 0:
-            raise ValueError(f"timeout must be a positive number of seconds, got {request.timeout}")
-        sampler = request.sampler or Greedy()
-        Mixed.of([sampler])
-        stop = stop_strings(request.stop)
-        ends = frozenset((*tokenizer.stop_ids, *config.eos_ids) if request.stop_ids is None else request.stop_ids)
-        limit = min(request.max_tokens, self.room - len(prompt))
-        handle = Handle(self, request, len(prompt), ends)
 
-        def begin(index: int) -> scheduler.Sequence:
-            handle._sequences[index] = scheduler.Sequence(
-                tokens=list(prompt),
-                answer=Answer(tokenizer.decoder(), stop, ends, limit),
-                sampler=sampler,
-                seed=(request.seed + index) % 2**32,
-                owner=handle,
-                index=index,
-                forks=0 if index else request.n - 1,
-                logprobs=request.logprobs,
-                history=history([prompt], [()], config.vocab_size)[0] if needs_history(sampler) else None,
-                fork=begin,
-            )
-            return handle._sequences[index]
-
-        begin(0)
-        return handle
-
-
-def _checked(model: LanguageModel, tokenizer: Tokenizer) -> Transformer:
+def unsupported(model: LanguageModel) -> str | None:
+    """What a model must be to be served, and isn't; None: it can be."""
     if not isinstance(model, Transformer) or model.config.attention is not None:
-        raise ValueError("model must keep every key to be served, got one of dilated attention: see heddle generate")
+        return "model must keep every key to be served, got one of dilated attention: see heddle generate"
     if model.mesh is not None and model.mesh.size > model.mesh.shape["tensor"]:
-        raise ValueError(f"model must be spread over tensor alone to be served, got a mesh of {dict(model.mesh.shape)}")
+        return f"model must be spread over tensor alone to be served, got a mesh of {dict(model.mesh.shape)}"
     rotary = model.config.rotary
     if rotary.by_length:
-        raise ValueError(f"model must have a rope rule that doesn't depend on the text's length, got {rotary.rule!r}")
+        return f"model must have a rope rule that doesn't depend on the text's length, got {rotary.rule!r}"
+    return None
+
+
+def _checked(model: Any, tokenizer: Tokenizer) -> Transformer:
+    if (reason := unsupported(model)) is not None:
+        raise ValueError(reason)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"tokenizer must have at most the model's vocab_size {model.config.vocab_size}, got {tokenizer.vocab_size}"

@@ -9,7 +9,7 @@ from typing import Any
 
 from heddle.data.tokenizers import Tokenizer
 from heddle.jax.answer import TokenLogprobs
-from heddle.jax.engine import Event, Handle
+from heddle.jax.requests import Event, Handle
 
 from .protocol import ChatBody, CompletionBody
 

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from heddle.jax.engine import CANCELLED, ERROR, TIMEOUT, Closed, Engine, Event, Handle, QueueFull
+from heddle.jax.engine import Closed, Engine, QueueFull
+from heddle.jax.requests import CANCELLED, ERROR, TIMEOUT, Event, Handle
 
 from .answers import ChatForm, CompletionForm, Form
 from .metrics import CountResponses, Metrics

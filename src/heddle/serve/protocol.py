@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from heddle.jax.engine import MOST_LOGPROBS, Request
+from heddle.jax.paged import MOST_LOGPROBS
+from heddle.jax.requests import Request
 from heddle.jax.sampling import sampler
 
 COMPLETION_TOKENS = 16  #: of an answer to /v1/completions where the request doesn't say, as OpenAI has it
