@@ -134,7 +134,7 @@ class _Sampled(_Body):
         )  # fmt: skip
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         ends = () if self.ignore_eos else None
-        return Request(prompt, max_tokens, chosen, seed, self.answers, stop, ends, logprobs, timeout)
+        return Request(prompt, max_tokens, chosen, seed, self.answers, stop, ends, logprobs=logprobs, timeout=timeout)
 
 
 class CompletionBody(_Sampled):
