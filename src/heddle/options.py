@@ -207,6 +207,7 @@ class GRPOOptions:
     clip_high: float = 0.2  #: ε_high; .28 is DAPO's
     delta: float | None = None  #: the largest ratio; None: no bound
     beta: float = 0.0  #: β, of the divergence from the reference; 0: there is no reference
+    unbiased_kl: bool = True  #: weigh the divergence by the ratio too, whose gradient is else that of KL(π_ref || π)
     reference_every: int = 0  #: steps after which the reference moves towards the policy; 0: never
     reference_mix: float = 1.0  #: how far: 1 makes it the policy; small, and every step, an average (arXiv 2404.09656)
     mask_truncated: bool = False  #: leave completions out of the loss that max_completion cut
@@ -246,11 +247,6 @@ class GRPOOptions:
             raise ValueError(
                 f"grpo.delta must be above 1 + grpo.clip_high, {1 + self.clip_high}, to have an effect of its own; "
                 f"got {self.delta}"
-            )
-        if self.importance_cap is not None and self.temperature != 1:
-            raise ValueError(
-                "grpo.importance_cap needs grpo.temperature=1, as the engine tells log-probabilities of logits that "
-                f"aren't divided; got {self.temperature}"
             )
         if not self.rewards:
             raise ValueError("grpo.rewards must name at least one reward, got []")

@@ -223,6 +223,28 @@ def test_int8_is_what_rounding_makes_of_keys_and_values():
         assert found == pytest.approx(expected[token], abs=1e-4)
 
 
+def test_log_probabilities_at_a_temperature_of_each_requests_own(model):
+    """Of all tokens, whatever few are sampled from, beside requests that ask for the model's own or for none."""
+    choose = usual(0.7, top_k=5)
+    temperatures = (0.7, 1.0, 2.5, None)
+    requests = [
+        Request(
+            PROMPTS[1], 12, choose, seed=at, logprobs=None if temperature is None else 3,
+            logprobs_temperature=temperature or 1.0, **FREE,
+        )
+        for at, temperature in enumerate(temperatures)
+    ]  # fmt: skip
+    for [answer], temperature in zip(small(model).run(requests), temperatures, strict=True):
+        if temperature is None:
+            assert answer.logprobs is None
+            continue
+        ids = jnp.asarray([[*PROMPTS[1], *answer.tokens]])
+        exact = jax.nn.log_softmax(np.asarray(model(ids), np.float32)[0, len(PROMPTS[1]) - 1 : -1] / temperature)
+        for told, token, row in zip(answer.logprobs, answer.tokens, np.asarray(exact), strict=True):
+            assert told.chosen == pytest.approx(row[token], abs=1e-4)
+            assert [value for _, value in told.top] == pytest.approx(np.sort(row)[::-1][:3], abs=1e-4)
+
+
 # ---------------------------------------------------------------------- coming and going
 
 
@@ -414,6 +436,7 @@ def known(model, which):
         (Request("a", n=5), r"n must be in \[1, 4\], the largest batch, got 5"),
         (Request("a", stop=["x", ""]), "stop must hold strings that aren't empty"),
         (Request("a", logprobs=21), r"logprobs must be None or an integer in \[0, 20\], got 21"),
+        (Request("a", logprobs_temperature=-1.0), "logprobs_temperature must be a positive number, got -1.0"),
         (Request("a", timeout=0.0), "timeout must be a positive number of seconds, got 0"),
         (Request("a", sampler=Random((TopP(0.5), TopK(3)))), "sampler must be a usual chain"),
     ],

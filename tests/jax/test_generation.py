@@ -88,6 +88,15 @@ def test_log_probabilities_are_those_of_the_whole_text(model):
             assert told.chosen == pytest.approx(row[token], abs=1e-4)
             assert [value for _, value in told.top] == pytest.approx(np.sort(row)[::-1][:4], abs=1e-4)
             assert [row[token] for token, _ in told.top] == pytest.approx([value for _, value in told.top], abs=1e-4)
+    [divided] = generate(
+        model, BYTES, PROMPTS[:1], logprobs=2, logprobs_temperature=0.7, speculate=PromptLookup(), **options
+    )
+    ids = jnp.asarray([[*PROMPTS[0], *divided.tokens]])
+    exact = np.asarray(jax.nn.log_softmax(model(ids)[0, len(PROMPTS[0]) - 1 : -1] / 0.7))
+    assert divided.tokens == together[0].tokens
+    for told, token, row in zip(divided.logprobs, divided.tokens, exact, strict=True):
+        assert told.chosen == pytest.approx(row[token], abs=1e-4)
+        assert [value for _, value in told.top] == pytest.approx(np.sort(row)[::-1][:2], abs=1e-4)
     pieces = list(stream(model, BYTES, PROMPTS[0], logprobs=0, **options))
     expected = [told.chosen for told in together[0].logprobs]
     assert [piece.logprobs.chosen for piece in pieces] == pytest.approx(expected, abs=1e-4)
@@ -244,6 +253,7 @@ def test_a_conversations_cache_grows(model, monkeypatch):
         (["a"], {"stop": ["x", ""]}, "stop must hold strings that aren't empty"),
         (["a", "b"], {"seed": [1]}, "seed must be one integer or one for each of 2 prompts, got 1"),
         (["a"], {"logprobs": -1}, r"logprobs must be None or an integer in \[0, 257\], got -1"),
+        (["a"], {"logprobs_temperature": 0.0}, "logprobs_temperature must be a positive number, got 0.0"),
         (["a"], {"seed": -1}, r"seed must be an integer in \[0, 2\*\*32\), got -1"),
     ],
 )

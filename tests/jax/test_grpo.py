@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 import torch
 from compile_once import compile_once  # noqa: F401
+from flax import nnx
+from mesh_cases import jit
 from tiny_models import hugging_face, tokens
 
 from heddle.data.packing import NO_TARGET
 from heddle.jax import grpo as objective
+from heddle.jax.answer import TokenLogprobs
+from heddle.jax.checkpoint import hugging_face_name
 from heddle.jax.generation import Completion
 from heddle.jax.grpo import RolloutBatch, clipped_surrogate, group_advantages, grpo, log_ratios, token_weights
 from heddle.jax.grpo_rollouts import rollout_batch
 from heddle.jax.model import Transformer
+from heddle.jax.model_config import ModelConfig
+from heddle.jax.parallel import dotted
 from heddle.options import GRPO_LOSSES, GRPOOptions
 
 ROWS, SEQ, MOST = 6, 7, 9  #: completions, places, and the most tokens that a completion may have
@@ -59,7 +65,9 @@ def theirs(options: GRPOOptions, *, old: bool, masked=()):
         epsilon_low=options.clip_low, epsilon_high=options.clip_high, max_completion_length=MOST,
         use_vllm=options.importance_cap is not None, vllm_importance_sampling_correction=True,
         current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True), _metrics=metrics,
-        args=SimpleNamespace(delta=options.delta, use_bias_correction_kl=False, steps_per_generation=1),
+        args=SimpleNamespace(
+            delta=options.delta, use_bias_correction_kl=options.unbiased_kl, steps_per_generation=1
+        ),
         accelerator=SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
     )  # fmt: skip
     nothing = torch.zeros(ROWS, 1, dtype=torch.long)
@@ -105,6 +113,11 @@ CASES = [
     )
 ]  # fmt: skip
 CASES += [{"loss_type": loss_type, "old": True, "masked": range(ROWS), "beta": 0.1} for loss_type in GRPO_LOSSES]
+CASES += [
+    {"loss_type": "dapo", "ratio_level": level, "old": old, "beta": 0.2, "unbiased_kl": False}
+    for level in ("token", "sequence")
+    for old in (True, False)
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ",".join(f"{k}={v}" for k, v in case.items()))
@@ -138,7 +151,8 @@ REWARDS = np.array([
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
-    """Advantages, masks, log-probabilities and the loss, by their trainer over the same model."""
+    """Advantages, masks, log-probabilities, the correction for the engine, the loss and its gradient by all weights, by
+    their trainer over the same model."""
     import datasets
     import trl
     from tokenizers import Tokenizer as Backend
@@ -167,20 +181,31 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
         processing_class=tokenizer,
     )  # fmt: skip
     each = [prompt for prompt in prompts for _ in range(group)]
-    monkeypatch.setattr(trainer, "_generate", lambda _: (each, ended, None, ["x"] * len(ended), None, {}, None, None))
+    told = [
+        [-float(x) for x in random.exponential(3, len(ids))] for ids in ended
+    ]  # by an engine that computes otherwise
+    monkeypatch.setattr(trainer, "_generate", lambda _: (each, ended, None, ["x"] * len(ended), told, {}, None, None))
     monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: torch.from_numpy(rewards)[:, None].float())
     trainer.current_gradient_accumulation_steps = 1
+    trainer.vllm_importance_sampling_mode, trainer.vllm_importance_sampling_clip_max = "token_truncate", 1.5
+    cases = [(cap, unbiased) for cap in (None, 1.5) for unbiased in (True, False)]
+    expected = {}
     with torch.no_grad():  # the reference is the policy before it moved
-        batch = trainer._generate_and_score_completions([{"prompt": "w3"}] * len(ended))
+        batches = {}
+        for cap in (None, 1.5):
+            trainer.use_vllm = cap is not None
+            batches[cap] = trainer._generate_and_score_completions([{"prompt": "w3"}] * len(ended))
         for parameter in policy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(1)) * 0.01)
-    with torch.no_grad():
-        loss = trainer._compute_loss(trainer.model, batch)
+    for cap, unbiased in cases:
+        trainer.use_vllm, trainer.args.use_bias_correction_kl = cap is not None, unbiased
+        policy.zero_grad()
+        loss = trainer._compute_loss(trainer.model, batches[cap])
+        loss.backward()
+        gradient = {name: parameter.grad.numpy().copy() for name, parameter in policy.named_parameters()}
+        expected[cap, unbiased] = loss.item(), gradient
+    trainer.use_vllm, batch = False, batches[None]
     policy.save_pretrained(tmp_path / "moved")
-
-    options = GRPOOptions(
-        max_completion=length, temperature=0.7, beta=0.3, loss_type="grpo", mask_truncated=True, num_generations=group
-    )
     for scale in ("group", "batch", "none"):
         trainer.scale_rewards = scale
         with torch.no_grad():
@@ -188,11 +213,21 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
         np.testing.assert_allclose(group_advantages(REWARDS, scale)[0].reshape(-1), scored["advantages"], atol=1e-5)
 
     completions = [
-        Completion("", tuple(ids), "stop" if ids[-1] == 2 else "length", len(p)) for p, ids in zip(each, ended)
+        Completion(
+            "", tuple(ids), "stop" if ids[-1] == 2 else "length", len(p), tuple(TokenLogprobs(x, ()) for x in own)
+        )
+        for p, ids, own in zip(each, ended, told)
     ]
     advantages, flat = group_advantages(REWARDS, "group")
     assert float(flat.mean()) == pytest.approx(0.5)
-    ours = rollout_batch(each, completions, advantages.reshape(-1), options, 13)
+
+    def options(cap=None, unbiased=True):
+        return GRPOOptions(
+            max_completion=length, temperature=0.7, beta=0.3, loss_type="grpo", mask_truncated=True,
+            num_generations=group, importance_cap=cap, unbiased_kl=unbiased,
+        )  # fmt: skip
+
+    ours = rollout_batch(each, completions, advantages.reshape(-1), options(), 13)
     before, after = (Transformer.from_pretrained(tmp_path / name) for name in ("model", "moved"))
     reference = objective.completion_log_probabilities(before, ours, 0.7)[0]
     for row, (prompt, ids) in enumerate(zip(each, ended)):
@@ -201,10 +236,85 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
                 reference[row, len(prompt) - 1 : len(prompt) + len(ids) - 1],
                 batch["ref_per_token_logps"][row, : len(ids)], atol=1e-4,
             )  # fmt: skip
-    ours = ours._replace(reference=reference)
+    graph, weights = nnx.split(after)
+    for cap, unbiased in cases:
+        how = options(cap, unbiased)
+        ours = rollout_batch(each, completions, advantages.reshape(-1), how, 13)
+        ours = ours._replace(reference=reference, old=None if cap is None else reference)
 
-    total, count, _ = grpo(options)(after, ours, KEY)
-    assert float(total / count) == pytest.approx(float(loss), abs=1e-5)
+        def loss(weights, how=how, batch=ours):
+            total, count, sums = grpo(how)(nnx.merge(graph, weights), batch, KEY)
+            return total / count, {name: value / count for name, value in sums.items()}
+
+        (value, measured), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
+        theirs_value, theirs_gradient = expected[cap, unbiased]
+        assert float(value) == pytest.approx(theirs_value, abs=1e-5)
+        if cap is not None:
+            kept = batches[cap]["completion_mask"].bool()
+            ratio = batches[cap]["importance_sampling_ratio"][kept]
+            assert 0.1 < float((ratio == cap).float().mean()) < 0.9  # some are truncated
+            assert float(measured["correction"]) == pytest.approx(float(ratio.mean()), rel=1e-4)
+        for name, found in gradients_by_name(gradient, after.config).items():
+            want = theirs_gradient[name].T if found.ndim == 2 and "embed" not in name else theirs_gradient[name]
+            np.testing.assert_allclose(found, want, rtol=0, atol=1e-4 * float(np.abs(want).max()), err_msg=name)
+    # The ratio is 1 where the policy hasn't moved, and changes the gradient all the same.
+    one, other = (expected[None, unbiased][1]["lm_head.weight"] for unbiased in (True, False))
+    assert np.abs(one - other).max() > 0.1 * np.abs(one).max()
+
+
+def gradients_by_name(gradient, config):
+    """By the names of the Hugging Face model."""
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    return {hugging_face_name(dotted(path), config): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_the_gradient_by_the_weights_is_that_of_finite_differences():
+    """Of the whole loss in float64, along random directions; π_old, π_ref and what the engine said are numbers."""
+    random = np.random.default_rng(0)
+    config = ModelConfig(
+        vocab_size=19, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.5,
+    )  # fmt: skip
+    with jax.enable_x64(True):
+        model = Transformer(config, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
+        graph, weights = nnx.split(model)
+        flat, unravel = jax.flatten_util.ravel_pytree(weights)
+        assert flat.dtype == jnp.float64
+        lengths = np.array(LENGTHS)[:, None]
+        place = np.broadcast_to(np.arange(SEQ), (ROWS, SEQ))
+        ids = random.integers(0, 19, (ROWS, SEQ)).astype(np.int32)
+        segments = np.where(place < lengths, 0, -1).astype(np.int32)
+        targets = np.where((place >= 1) & (place < lengths - 1), np.roll(ids, -1, axis=1), NO_TARGET).astype(np.int32)
+        mask = targets != NO_TARGET
+        advantages = np.repeat(random.normal(size=(ROWS, 1)), SEQ, 1)
+        bare = RolloutBatch(ids, segments, place.astype(np.int32), targets, advantages, np.where(mask, 1.0, 0.0))
+        new = np.asarray(objective.completion_log_probabilities(model, bare, 0.7)[0])
+        assert new.dtype == np.float64
+        others = [np.where(mask, new + random.normal(0, size, new.shape), 0.0) for size in (0.3, 0.6, 0.3)]
+        before, reference, sampled = others
+        for loss_type, level in zip(GRPO_LOSSES, itertools.cycle(["token", "sequence"])):
+            options = GRPOOptions(
+                max_completion=MOST, loss_type=loss_type, ratio_level=level, temperature=0.7, beta=0.3, delta=1.6,
+                importance_cap=1.2, unbiased_kl=loss_type != "dapo",
+            )  # fmt: skip
+            batch = bare._replace(
+                weights=token_weights(mask, loss_type, MOST) * mask.sum(), reference=reference, sampled=sampled
+            )
+
+            def loss(flat, old, options=options, batch=batch):
+                total, count, _ = grpo(options)(nnx.merge(graph, unravel(flat)), batch._replace(old=old), KEY)
+                return total / count
+
+            both = jit(jax.value_and_grad(loss))
+            gradient = both(flat, before)[1]
+            for _ in range(3):
+                along, step = random.normal(size=flat.shape), 1e-6
+                slope = (both(flat + step * along, before)[0] - both(flat - step * along, before)[0]) / (2 * step)
+                assert float(gradient @ along) == pytest.approx(float(slope), rel=1e-6, abs=1e-8), (loss_type, level)
+        # Where π_old is the policy of the moment, the gradient is the same whether it is told or not; but for the
+        # rotation's float32.
+        told, untold = both(flat, new)[1], both(flat, None)[1]
+        np.testing.assert_allclose(untold, told, rtol=0, atol=1e-5 * float(abs(told).max()))
 
 
 # ---------------------------------------------------------------------- by hand

@@ -14,7 +14,7 @@ from heddle.config import load_config
 from heddle.data.packing import NO_TARGET
 from heddle.jax import sampler
 from heddle.jax.generation import generate
-from heddle.jax.grpo import completion_log_probabilities
+from heddle.jax.grpo import completion_log_probabilities, importance_correction
 from heddle.jax.run import make_model, prepare, run
 from heddle.metrics import read_metrics
 
@@ -36,12 +36,16 @@ def options(tmp_path):
 
 def curve(folder):
     """What must not depend on how often a run was killed: everything but times."""
-    times = {"seconds", "tokens_per_second"}
+    times = {"seconds", "tokens_per_second", "mfu"}
     return [{k: v for k, v in r.items() if k not in times} for r in read_metrics(folder / "metrics.jsonl")]
 
 
-def test_rollouts_are_what_generate_says_with_the_weights_of_the_moment(options):
-    config = load_config(None, [*options, "grpo.importance_cap=2", FREE])
+@pytest.mark.parametrize(
+    ("temperature", "more"), [(1.0, {}), (0.7, {}), (1.6, {"top_k": 40, "top_p": 0.9})], ids=["1", "0.7", "truncated"]
+)
+def test_rollouts_are_what_generate_says_with_the_weights_of_the_moment(options, temperature, more):
+    how = [f"grpo.temperature={temperature}", *(f"grpo.{name}={value}" for name, value in more.items())]
+    config = load_config(None, [*options, "grpo.importance_cap=2", FREE, *how])
     trainer, tokenizer = prepare(config)
     rollouts = trainer._rollouts
     other = make_model(load_config(None, [*options, "training.seed=1"]), tokenizer)
@@ -59,16 +63,20 @@ def test_rollouts_are_what_generate_says_with_the_weights_of_the_moment(options)
                 for sample in range(4):
                     row = 4 * number + sample
                     [alone] = generate(
-                        model, tokenizer, [prompt], max_tokens=5, sampler=sampler(1.0), seed=seed + sample,
-                        stop_ids=ENDS,
+                        model, tokenizer, [prompt], max_tokens=5, sampler=sampler(temperature, **more),
+                        seed=seed + sample, stop_ids=ENDS, logprobs=0, logprobs_temperature=temperature,
                     )  # fmt: skip
-                    targets = batch.targets[row]
-                    assert targets[targets != NO_TARGET].tolist() == list(alone.tokens)
+                    learned = batch.targets[row] != NO_TARGET
+                    assert batch.targets[row][learned].tolist() == list(alone.tokens)
+                    told = [token.chosen for token in alone.logprobs]
+                    np.testing.assert_allclose(batch.sampled[row][learned], told, atol=1e-4)
                     assert batch.tokens[row, : len(prompt)].tolist() == list(prompt.encode())
                     truncated.append(alone.finish_reason == "length")
-            # The engine's own log-probabilities are the trainer's, but for rounding.
-            found = completion_log_probabilities(model, batch, 1.0)[0]
+            # The engine's own log-probabilities are the trainer's, but for rounding: of all tokens, also where few are
+            # sampled from, and there is nothing to correct.
+            found = completion_log_probabilities(model, batch, temperature)[0]
             np.testing.assert_allclose(found, batch.sampled, atol=1e-4)
+            np.testing.assert_allclose(importance_correction(found, batch.sampled, 2.0), 1, atol=1e-4)
             assert measured["truncated"] == np.mean(truncated)
             assert measured["completion_tokens"] == (batch.targets != NO_TARGET).sum() / 8
             groups = batch.advantages[:, 0].reshape(2, 4)

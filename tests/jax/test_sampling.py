@@ -84,6 +84,13 @@ def test_log_probabilities_are_the_models():
     order = np.argsort(-LOGITS, axis=1)[:, :3]
     np.testing.assert_array_equal(told.ids, order)
     np.testing.assert_allclose(told.top, np.take_along_axis(exact, order, 1), rtol=1e-5)
+    # Each row at a temperature of its own.
+    divided = LOGITS / np.array([[0.5], [1.0], [2.0]])
+    exact = divided - np.log(np.exp(divided).sum(axis=1, keepdims=True))
+    told = logprobs(jnp.asarray(LOGITS), jnp.asarray([4, 5, 6]), 3, jnp.asarray([0.5, 1.0, 2.0]))
+    np.testing.assert_allclose(told.chosen, exact[[0, 1, 2], [4, 5, 6]], rtol=1e-5)
+    np.testing.assert_array_equal(told.ids, order)
+    np.testing.assert_allclose(told.top, np.take_along_axis(exact, order, 1), rtol=1e-5)
 
 
 MIXTURE = [

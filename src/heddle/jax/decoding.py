@@ -16,7 +16,7 @@ from heddle.attention.arrays import Array
 from .cache import Cache
 from .model import LanguageModel
 from .prompts import PADDING
-from .sampling import Logprobs, Sampler, logprobs, remember
+from .sampling import Logprobs, Number, Sampler, logprobs, remember
 from .speculation import PromptLookup
 
 STEPS = 32  #: tokens of a sequence that one call decodes, at most
@@ -80,10 +80,11 @@ def begin(
     sampler: Sampler,
     stop_ids: Array,
     n: int | None,
+    temperature: Number = 1.0,
 ):
-    """The first token of each answer."""
+    """The first token of each answer, and with ``n`` its log-probability at ``temperature``."""
     model: LanguageModel = jax.tree.unflatten(structure, leaves)
-    state, told = _choose(model.head(last_bd), state, sampler, stop_ids, n)
+    state, told = _choose(model.head(last_bd), state, sampler, stop_ids, n, temperature)
     if state.text is not None:
         rows = jnp.arange(state.token.shape[0])
         state = replace(state, text=state.text.at[rows, state.cache.lengths].set(state.token))
@@ -101,12 +102,13 @@ def decode(
     steps: Array,
     n: int | None,
     lookup: PromptLookup | None,
+    temperature: Number = 1.0,
 ):
     """At least ``steps`` more tokens of each sequence that isn't done before; with ``lookup`` a draft's more.
 
     Returns:
         the state, the tokens ``(batch, STEPS + draft)``, -1 behind a sequence's last, and with ``n`` their
-        log-probabilities.
+        log-probabilities at ``temperature``.
     """
     model: LanguageModel = jax.tree.unflatten(structure, leaves)
     batch, draft = state.token.shape[0], 0 if lookup is None else lookup.num_tokens
@@ -128,7 +130,7 @@ def decode(
         logits_btv, done, chosen = model.head(hidden_btd), state.done, jnp.zeros(batch, jnp.int32)
         for i in range(width):
             # Rows that are done, or disagreed before, choose nothing.
-            state, fresh = _choose(logits_btv[:, i], replace(state, done=~live), sampler, stop_ids, n)
+            state, fresh = _choose(logits_btv[:, i], replace(state, done=~live), sampler, stop_ids, n, temperature)
             at = rows, jnp.where(live, filled, tokens.shape[1])
             tokens = tokens.at[at].set(state.token, mode="drop")
             told = jax.tree.map(lambda all_, new, at=at: all_.at[at].set(new, mode="drop"), told, fresh)
@@ -163,12 +165,17 @@ def decode(
 
 
 def _choose(
-    logits: Float[Array, "batch vocab"], state: State, sampler: Sampler, stop_ids: Array, n: int | None
+    logits: Float[Array, "batch vocab"],
+    state: State,
+    sampler: Sampler,
+    stop_ids: Array,
+    n: int | None,
+    temperature: Number,
 ) -> tuple[State, Logprobs | None]:
     """The next token of the sequences that aren't done; ``done`` is then whether it was the last."""
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.count)
     token = sampler(logits, keys, state.history)
-    told = None if n is None else logprobs(logits, token, n)
+    told = None if n is None else logprobs(logits, token, n, temperature)
     token = jnp.where(state.done, state.token, token)
     count = jnp.where(state.done, state.count, state.count + 1)
     said = state.history

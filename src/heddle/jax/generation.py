@@ -54,6 +54,7 @@ def generate(
     stop: str | Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
     logprobs: int | None = None,
+    logprobs_temperature: float = 1.0,
     speculate: PromptLookup | None = None,
 ) -> list[Completion]:
     """Continue each prompt, all in one batch; each as it would be continued alone.
@@ -70,6 +71,8 @@ def generate(
         stop: strings that end a text, which are left out of it.
         stop_ids: token ids that end a text; None: the tokenizer's and the model's.
         logprobs: tell each token's log-probability, and those of so many likeliest ones.
+        logprobs_temperature: that logits are divided by before; the sampler's own tells what it samples from, but for
+            what it leaves out (top-k, top-p, min-p).
         speculate: guess tokens ahead, as :class:`heddle.jax.PromptLookup` says; the text stays the same.
 
     Raises:
@@ -77,7 +80,10 @@ def generate(
             with a model whose cache can't take guesses back (sliding windows, dilated attention), or whose rotation
             goes by the length of what is read (dynamic RoPE, longrope).
     """
-    run = Generation(model, tokenizer, prompts, max_tokens, sampler, seed, stop, stop_ids, None, logprobs, speculate)
+    run = Generation(
+        model, tokenizer, prompts, max_tokens, sampler, seed, stop, stop_ids, None, logprobs, speculate,
+        logprobs_temperature,
+    )  # fmt: skip
     told: list[list[Any]] = [[] for _ in run.prompts]
     while True:
         for row, pieces in zip(told, run.fresh, strict=True):
@@ -175,17 +181,18 @@ class Generation:
         past: Past | None = None,
         logprobs: int | None = None,
         speculate: PromptLookup | None = None,
+        logprobs_temperature: float = 1.0,
     ):
         config = model.config
         self.prompts = encode_prompts(model, tokenizer, prompts)
         self.stop = stop_strings(stop)
         check_max_tokens(max_tokens)
-        check_logprobs(logprobs, config.vocab_size)
+        check_logprobs(logprobs, config.vocab_size, logprobs_temperature)
         seeds = check_seeds(seed, len(self.prompts))
         ends = (*tokenizer.stop_ids, *config.eos_ids) if stop_ids is None else tuple(stop_ids)
         self.sampler = Greedy() if sampler is None else sampler
         self.past = past
-        self._logprobs, self._speculate = logprobs, speculate
+        self._logprobs, self._temperature, self._speculate = logprobs, np.float32(logprobs_temperature), speculate
         self._leaves, self._structure = jax.tree.flatten(model)
         self._stop_ids = jnp.asarray(np.pad(np.asarray(ends, np.int32), (0, -len(ends) % 8 or 8), constant_values=-1))
 
@@ -210,8 +217,8 @@ class Generation:
         token, count = (jnp.zeros(len(self.prompts), jnp.int32) for _ in range(2))  # a buffer each, to be donated
         done = jnp.zeros_like(token, bool)
         state = State(cache, token, count, jnp.asarray(limits, jnp.int32), done, keys, said, text)
-        first = begin(self._structure, self._leaves, last, state, self.sampler, self._stop_ids, logprobs)
-        self._take(first)
+        arguments = self._leaves, last, state, self.sampler, self._stop_ids, logprobs, self._temperature
+        self._take(begin(self._structure, *arguments))
 
     @property
     def finished(self) -> bool:
@@ -221,7 +228,7 @@ class Generation:
         """Up to ``steps`` tokens for each sequence that isn't finished; with speculation some more."""
         steps = min(steps, STEPS)
         arguments = self._leaves, self._state, self.sampler, self._stop_ids, steps, self._logprobs, self._speculate
-        self._take(decode(self._structure, *arguments))
+        self._take(decode(self._structure, *arguments, self._temperature))
 
     def _text(self, model: LanguageModel, cache: Cache) -> np.ndarray:
         """The prompts ``(batch, room)``, which drafts are looked up in; of prompts for each replica the first's."""

@@ -4,7 +4,7 @@ For completion i of N, its token t and the policy π, with all log-probabilities
 temperature, over the full vocabulary::
 
     r_it = exp(log π(o_it) - log π_old(o_it))                         ratio, of a token or a sequence
-    l_it = -min(min(r_it, δ) A_i, clip(r_it, 1 - ε_low, 1 + ε_high) A_i) c_it + β KL_it
+    l_it = -min(min(r_it, δ) A_i, clip(r_it, 1 - ε_low, 1 + ε_high) A_i) c_it + β r_it KL_it
     loss = sum_it w_it l_it                                           w by the normalisation
 
 The formula of each term stands with its function. Axes: rows are completions, each behind its prompt.
@@ -162,12 +162,25 @@ def clipped_surrogate(
 
 
 def kl_to_reference(
-    new: Float[Array, "rows row_len"], reference: Float[Array, "rows row_len"]
+    new: Float[Array, "rows row_len"],
+    reference: Float[Array, "rows row_len"],
+    ratio: Float[Array, "rows _"] | None = None,
 ) -> Float[Array, "rows row_len"]:
     """``KL(π || π_ref)``, estimated without bias and never negative (k3): ``exp(d) - d - 1`` with
-    ``d = log π_ref - log π`` (arXiv 2402.03300, eq. 4), weighted by ``grpo.beta``."""
+    ``d = log π_ref - log π`` (arXiv 2402.03300, eq. 4), weighted by ``grpo.beta``.
+
+    Tokens are samples of π_old, so it takes the ratio for the mean of this, and of its gradient, to be of π
+    (``grpo.unbiased_kl``; DeepSeek-V3.2, arXiv 2512.02556, section 3.1). Also where the ratio is 1: the mean gradient
+    of k3 alone, ``sum (1 - π_ref / π) ∇π``, is that of the other divergence, ``KL(π_ref || π)``.
+
+    Args:
+        new: log π.
+        reference: log π_ref.
+        ratio: r, with its gradient; None: 1, as the GRPO paper has it.
+    """
     difference = reference - new
-    return jnp.exp(difference) - difference - 1
+    estimate = jnp.exp(difference) - difference - 1
+    return estimate if ratio is None else ratio * estimate
 
 
 def importance_correction(
@@ -198,7 +211,7 @@ def grpo(options: GRPOOptions) -> Objective:
             measured["correction"] = importance_correction(old, batch.sampled, options.importance_cap)
             losses = losses * measured["correction"]
         if batch.reference is not None:
-            measured["kl"] = kl_to_reference(new, batch.reference)
+            measured["kl"] = kl_to_reference(new, batch.reference, ratio if options.unbiased_kl else None)
             losses = losses + options.beta * measured["kl"]
         total = jnp.where(mask, batch.weights * losses, 0.0).sum()
         sums = {name: jnp.where(mask, value, 0.0).sum() for name, value in measured.items()}

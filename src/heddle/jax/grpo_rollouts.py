@@ -20,8 +20,8 @@ from heddle.options import GRPOOptions
 from heddle.rewards import RewardPool
 
 from .answer import TokenLogprobs
-from .engine import Engine, Request
-from .generation import Completion
+from .engine import Engine, Request, unsupported
+from .generation import Completion, generate
 from .grpo import RolloutBatch, group_advantages, token_weights
 from .parallel import copies, of_all_processes
 from .sampling import sampler
@@ -34,6 +34,39 @@ class Rollout(NamedTuple):
 
     batch: RolloutBatch
     measured: Record
+
+
+class Batches:
+    """Answers requests as an engine does, in batches that are done when their longest answer is: for models that an
+    engine can't serve, such as those of dilated attention.
+
+    Args:
+        model: any language model.
+        tokenizer: of the model.
+        rows: answers at once, at most.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, rows: int):
+        self.model, self.tokenizer, self.rows = model, tokenizer, rows
+
+    def update(self, model: Any) -> None:
+        """Go on with other weights."""
+        self.model = model
+
+    def run(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """As :meth:`Engine.run`; of all requests the sampler, the ends and what is told are the first's."""
+        each = [(request.prompt, request.seed + at) for request in requests for at in range(request.n)]
+        answers: list[Completion] = []
+        for at in range(0, len(each), self.rows):
+            prompts, seeds = zip(*each[at : at + self.rows], strict=True)
+            first = requests[0]
+            answers += generate(
+                self.model, self.tokenizer, prompts, max_tokens=first.max_tokens, sampler=first.sampler,
+                seed=[seed % 2**32 for seed in seeds], stop_ids=first.stop_ids, logprobs=first.logprobs,
+                logprobs_temperature=first.logprobs_temperature,
+            )  # fmt: skip
+        rest = iter(answers)
+        return [[next(rest) for _ in range(request.n)] for request in requests]
 
 
 class Rollouts:
@@ -150,6 +183,7 @@ class Rollouts:
             Request(
                 prompt, options.max_completion, choice, seed=self._seed_of(count, number), n=group,
                 stop_ids=options.stop_ids, logprobs=None if options.importance_cap is None else 0,
+                logprobs_temperature=options.temperature,
             )
             for number, prompt in zip(numbers, prompts, strict=True)
         ]  # fmt: skip
@@ -158,7 +192,7 @@ class Rollouts:
         groups: list[Any] = [None] * len(requests)
         with ThreadPoolExecutor(len(engines)) as pool:
             shares = [requests[at :: len(engines)] for at in range(len(engines))]
-            for at, answers in enumerate(pool.map(Engine.run, engines, shares)):
+            for at, answers in enumerate(pool.map(lambda engine, share: engine.run(share), engines, shares)):
                 groups[at :: len(engines)] = answers
         return groups
 
@@ -166,7 +200,7 @@ class Rollouts:
         """Of the first completion of a prompt; the others of its group take the numbers after it."""
         return int(np.random.SeedSequence([self._seed, count + 1, number]).generate_state(1)[0])
 
-    def _with(self, model: Any) -> list[Engine]:
+    def _with(self, model: Any) -> list[Engine | Batches]:
         """The engines, with these weights: one for each whole copy of the model that the devices hold."""
         models = copies(model)
         if not self._engines:
@@ -174,7 +208,10 @@ class Rollouts:
             rows = max(rows, self._options.num_generations)
             blocks = rows * -(-self.row_len // size)
             self._engines = [
-                Engine(each, self._tokenizer, max_batch=rows, blocks=blocks, block_size=size) for each in models
+                Engine(each, self._tokenizer, max_batch=rows, blocks=blocks, block_size=size)
+                if unsupported(each) is None
+                else Batches(each, self._tokenizer, rows)
+                for each in models
             ]
         else:
             for engine, each in zip(self._engines, models, strict=True):

@@ -47,16 +47,16 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root mean square normalisation (arXiv 1910.07467, eq. 4) of the last axis, computed in float32."""
+    """Root mean square normalisation (arXiv 1910.07467, eq. 4) of the last axis, computed in float32 at least."""
 
     def __init__(self, size: int, eps: float, *, dtype):
         self.weight = nnx.Param(jnp.ones(size, dtype))
         self.eps = eps
 
     def __call__(self, x):
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight.astype(x.dtype) * x32.astype(x.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return self.weight.astype(x.dtype) * wide.astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -1,8 +1,8 @@
 """What training wants to know of the logits without ever holding all of them: losses, log-probabilities, entropies.
 
-Everything is computed in float32 (float64 for float64), a stretch of ``seq`` at a time, each recomputed in the backward pass: the float32
-logits that exist at one time take ``max_bytes`` of a device at most (or those of one token a row), whatever length and
-vocabulary. A stretch in which no row has a target is passed over.
+Everything is computed in float32 (float64 for float64), a stretch of ``seq`` at a time, each recomputed in the backward
+pass: the float32 logits that exist at one time take ``max_bytes`` of a device at most (or those of one token a row),
+whatever length and vocabulary. A stretch in which no row has a target is passed over.
 """
 
 from __future__ import annotations

@@ -239,6 +239,7 @@ class Device:
         counts: Sequence[int],
         histories: Sequence[np.ndarray | None],
         with_logprobs: bool,
+        temperatures: Sequence[float] | None = None,
     ) -> tuple[np.ndarray, Logprobs | None]:
         """The next token of each ``(tokens, blocks)``, of whose tokens the last isn't in the pool yet.
 
@@ -250,6 +251,7 @@ class Device:
             counts: how many tokens each row's answer has, which numbers its random choices.
             histories: what penalties look at, of the rows that have any.
             with_logprobs: tell log-probabilities too.
+            temperatures: that each row's logits are divided by for that; None: by 1.
         """
         if copies:
             pairs = np.full((_bucket(len(copies), 1), 2), self._blocks, np.int32)
@@ -272,6 +274,7 @@ class Device:
             jax.tree.map(lambda column: np.pad(column, more, mode="edge"), samplers),
             np.pad(np.asarray(seeds, np.uint32), more), np.pad(np.asarray(counts, np.uint32), more), said,
             np.bool_(with_logprobs),
+            np.pad(np.asarray(temperatures or [1.0] * len(rows), np.float32), more, mode="edge"),
         )  # fmt: skip
         return np.asarray(chosen)[: len(rows)], Logprobs(*map(np.asarray, told)) if with_logprobs else None
 
@@ -291,7 +294,7 @@ def _read(structure: Any, leaves: list, pool: Pool, ids: Array, at: Where) -> Po
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _decode(
     structure: Any, leaves: list, pool: Pool, ids: Array, at: Where, samplers: Mixed, seeds: Array,
-    counts: Array, history: Array | None, with_logprobs: Array,
+    counts: Array, history: Array | None, with_logprobs: Array, temperatures: Array,
 ) -> tuple[Pool, Array, Logprobs]:  # fmt: skip
     model: Transformer = jax.tree.unflatten(structure, leaves)
     hidden_b1d, pool = _hidden(model, pool, ids, at)
@@ -300,7 +303,7 @@ def _decode(
     chosen = samplers(logits, keys, history)
 
     def tell():
-        return logprobs(logits, chosen, min(MOST_LOGPROBS, logits.shape[1]))
+        return logprobs(logits, chosen, min(MOST_LOGPROBS, logits.shape[1]), temperatures)
 
     nothing = jax.tree.map(lambda told: jnp.zeros(told.shape, told.dtype), jax.eval_shape(tell))
     return pool, chosen, jax.lax.cond(with_logprobs, tell, lambda: nothing)

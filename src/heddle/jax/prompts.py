@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,11 +67,13 @@ def check_max_tokens(max_tokens: Any) -> None:
         raise ValueError(f"max_tokens must be an integer of at least 1, got {max_tokens!r}")
 
 
-def check_logprobs(n: int | None, most: int) -> None:
+def check_logprobs(n: int | None, most: int, temperature: float = 1.0) -> None:
     """
     Raises:
-        ValueError: not a number of tokens up to ``most``.
+        ValueError: not a number of tokens up to ``most``; a temperature that isn't positive.
     """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"logprobs_temperature must be a positive number, got {temperature}")
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 0 <= n <= most):
         raise ValueError(f"logprobs must be None or an integer in [0, {most}], got {n!r}")
 

@@ -292,16 +292,18 @@ def remember(history: Int[Array, "batch vocab"], tokens: Int[Array, " batch"]) -
 
 
 class Logprobs(NamedTuple):
-    """The model's own log-probabilities, before any transform."""
+    """The model's own log-probabilities, before any transform; if asked for, at a temperature."""
 
     chosen: Float[Array, "*batch"]  #: of the token that was chosen
     top: Float[Array, "*batch n"]  #: of the likeliest tokens, the highest first
     ids: Int[Array, "*batch n"]  #: which they are
 
 
-def logprobs(logits: Float[Array, "batch vocab"], tokens: Int[Array, " batch"], n: int) -> Logprobs:
-    """Of the chosen ``tokens`` and of the ``n`` likeliest."""
-    logits = logits.astype(jnp.float32)
+def logprobs(
+    logits: Float[Array, "batch vocab"], tokens: Int[Array, " batch"], n: int, temperature: Number = 1.0
+) -> Logprobs:
+    """``log softmax(logits / temperature)`` of the chosen ``tokens`` and of the ``n`` likeliest."""
+    logits = logits.astype(jnp.float32) / _column(temperature)
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     top, ids = jax.lax.top_k(logits, n)
     return Logprobs(jnp.take_along_axis(logits, tokens[:, None], 1)[:, 0] - total[:, 0], top - total, ids)

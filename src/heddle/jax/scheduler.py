@@ -32,6 +32,7 @@ class Sequence:
         index: which of its owner's answers it is.
         forks: how many more answers begin where the prompt ends. They join when it is read.
         logprobs: how many likeliest tokens' log-probabilities to tell; None: none, nor the chosen ones'.
+        logprobs_temperature: that logits are divided by before.
         history: what the penalties of its sampler look at ``(vocab,)``, if there are any.
         fork: makes the next of its forks.
     """
@@ -44,6 +45,7 @@ class Sequence:
     index: int = 0
     forks: int = 0
     logprobs: int | None = None
+    logprobs_temperature: float = 1.0
     history: np.ndarray | None = None
     fork: Callable[[int], Sequence] | None = None
     table: Table | None = field(default=None, repr=False)
