@@ -37,6 +37,7 @@ ROOMS["config"] = {"options"}
 ROOMS["mask_options"] = {"attention", "mask_picture"}
 ROOMS["mask_picture"] = {"attention", "plot"}
 ROOMS["data"] = {"attention", "options"}
+ROOMS["flops"] = {"attention"}
 ROOMS["metrics"] = {"plot"}
 ROOMS["rewards"] = {"data"}
 ROOMS["run"] = {"config", "data", "options"}

@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def curve(output):
-    times = {"seconds", "tokens_per_second"}
+    times = {"seconds", "tokens_per_second", "mfu"}
     records = read_metrics(output / "metrics.jsonl")
     return [{name: value for name, value in record.items() if name not in times} for record in records]
 

@@ -18,6 +18,7 @@ from compile_once import compile_once  # noqa: F401
 from flax import nnx
 
 from heddle.data.packing import NO_TARGET, Batch, Packer
+from heddle.jax.flops import peak_flops, training_flops
 from heddle.jax.lm import lm
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
@@ -73,7 +74,7 @@ def records(output):
 
 def curve(output):
     """What must not depend on how often a run was killed: everything but times."""
-    times = {"seconds", "tokens_per_second"}
+    times = {"seconds", "tokens_per_second", "mfu"}
     return [{name: value for name, value in record.items() if name not in times} for record in records(output)]
 
 
@@ -151,6 +152,17 @@ def test_objectives_may_measure_more(tmp_path):
     # Another key each step.
     assert len({r["noise"] * r["tokens"] for r in (first, second, third)}) == 3
     assert set(trained.evaluate()) == {"eval_loss", "eval_tokens", "eval_places", "eval_noise"}
+
+
+def test_mfu_is_the_models_arithmetic_over_what_the_device_could_have_done(tmp_path):
+    trained = trainer(tmp_path / "transformer", transformer(), max_steps=3)
+    trained.fit()
+    for batch, record in zip(packer(), records(trained.output)):
+        expected = training_flops(trained.model)(batch.segment_ids, record["tokens"])
+        assert record["mfu"] * record["seconds"] * peak_flops(jnp.float32) == pytest.approx(expected)
+    other = trainer(tmp_path / "other", max_steps=1)  # whose arithmetic isn't known
+    other.fit()
+    assert "mfu" not in records(other.output)[0]
 
 
 def test_evaluation_may_have_its_own_objective(tmp_path):

@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny_models import hugging_face
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import heddle.jax.run
@@ -26,7 +25,7 @@ from heddle.data.packing import Packer
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import draw, read_metrics
 from heddle.options import TrainingOptions
-from heddle.torch.flops import peak_flops, training_flops
+from heddle.torch.flops import training_flops
 from heddle.torch.huggingface import dilation
 from heddle.torch.run import make_model, run
 from heddle.torch.train import Trainer, learning_rate
@@ -162,7 +161,7 @@ def test_attention_of_a_model_from_scratch(options, tmp_path, overrides, model_t
     )
     if model_type == "qwen2_parscale":
         return
-    pairs = training_flops(dense)(segments) - training_flops(saved)(segments)
+    pairs = training_flops(dense)(segments, 199) - training_flops(saved)(segments, 199)
     assert 0.5 < pairs / (12 * dense.config.num_hidden_layers * dense.config.hidden_size * 200 * 201 / 2) < 1
 
 
@@ -401,29 +400,3 @@ def test_accelerate_launch(options, tmp_path):
     errors = launched(*launch, *HEDDLE, "--parscale.parscale_n=2", "training.max_steps=2", CONFIG_FILE=str(path))
     assert "2 steps done" in errors
     assert load_config(tmp_path / "run" / "config.yaml").parscale.parscale_n == 2
-
-
-# ---------------------------------------------------------------------- arithmetic
-
-
-@pytest.mark.parametrize("replicas", [1, 3])
-def test_flops_are_those_of_the_matrix_products(replicas, base):
-    overrides = ["framework=torch", f"training.base_model={base}", f"parscale.parscale_n={replicas}"]
-    model = make_model(load_config(None, overrides), Tokenizer.bytes())
-    ids = torch.arange(40).reshape(2, 20)
-    with FlopCounterMode(display=False) as counter:
-        model(ids, use_cache=False).logits.sum().backward()
-    products = counter.get_flop_counts()["Global"]
-    products = sum(n for kind, n in products.items() if str(kind) in ("aten.mm", "aten.addmm"))
-    segments = np.repeat([[0, 1]], [5, 15], axis=1).repeat(2, axis=0)
-    pairs = 2 * (15 + 120) + (40 * 48 if replicas > 1 else 0)
-    config = model.config
-    attention = 12 * config.num_hidden_layers * config.hidden_size * replicas * pairs
-    assert training_flops(model)(segments) == pytest.approx(products + attention, rel=1e-6)
-    whole = training_flops(model)(segments)
-    segments[:, -3:] = -1
-    assert training_flops(model)(segments) < 0.9 * whole
-
-
-def test_the_peak_is_what_products_reach():
-    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -97,6 +98,7 @@ class GRPOTrainer(Trainer):
                 batch = None
             else:
                 after |= {"used": used, "rollout": _packed(batch)}
+            self._began = time.perf_counter()  # MFU is that of the update alone
             yield now, after
 
     def _resumed_rollout(self) -> tuple[RolloutBatch | None, int]:

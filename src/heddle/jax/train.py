@@ -27,6 +27,7 @@ from heddle.metrics import MetricsFile, Record
 from heddle.options import TrainingOptions
 from heddle.run import Stop, due, stop_on_signals
 
+from .flops import peak_flops, training_flops
 from .optimizer import make_optimizer, make_schedule
 from .parallel import Layout, shardings, to_mesh
 
@@ -109,6 +110,7 @@ class Trainer:
     """
 
     prepares_ahead = True  #: whether a batch can be made before the step before it is done
+    _began = 0.0  # where making a batch is work of its own, when that was done
 
     def __init__(
         self,
@@ -129,6 +131,7 @@ class Trainer:
         self.stopped_by: signal.Signals | None = None  #: the signal that ended the last fit early
         self._objective, self._data, self._evaluation, self._trainable = objective, data, evaluation, trainable
         self._schedule, self._optimizer = make_schedule(options), make_optimizer(options)
+        self._flops, self._peak = training_flops(model, trainable), math.nan
         self._graph, variables = nnx.split(model)
         variables = jax.tree.map(_master, variables)
         params = nnx.filter_state(variables, trainable)
@@ -242,6 +245,8 @@ class Trainer:
                 arrays = replace(self.state, data=None)
                 if compiled is None:  # ahead of time, so that the first step's tokens/s is true too
                     compiled = self._compile(arrays, parts)
+                    if self._flops is not None:
+                        self._peak = peak_flops(self.model.dtype, self._mesh)
                     since = time.perf_counter()
                 arrays, measured = compiled(arrays, parts)
                 self.state = replace(arrays, data=after)
@@ -276,6 +281,9 @@ class Trainer:
         record = {name: value.item() for name, value in jax.device_get(measured).items()}
         now, nonfinite = time.perf_counter(), record.pop("nonfinite")
         rates = {"tokens_per_second": record["tokens"] / (now - since), "seconds": now - since}
+        if self._flops is not None:
+            rates["mfu"] = self._flops(batch.segment_ids, record["tokens"])
+            rates["mfu"] /= self._peak * (now - max(since, self._began))
         first = {"step": step, "loss": record["loss"], "tokens": record["tokens"]}  # what a reader looks for
         write(first | record | ({"skipped": True} if nonfinite else {}) | rates)
         if nonfinite >= self.options.max_nonfinite:

@@ -289,7 +289,7 @@ class Trainer:
                 seconds, since = time.perf_counter() - since, time.perf_counter()
                 rates = {
                     "tokens_per_second": record["tokens"] / seconds, "seconds": seconds,
-                    "mfu": self._flops(batch.segment_ids) / seconds / (self._peak * self._processes),
+                    "mfu": self._flops(batch.segment_ids, record["tokens"]) / seconds / (self._peak * self._processes),
                 }  # fmt: skip
                 write({"step": step, **record, **rates})
                 if self.nonfinite >= options.max_nonfinite:
