@@ -4,14 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import tiny_gguf
-from gguf import GGMLQuantizationType
 from tiny_models import hugging_face
 from typer.testing import CliRunner
 
 from heddle.bench import decode
 from heddle.cli import app
-from heddle.data.gguf import GGUF
 from heddle.data.tokenizers import Tokenizer
 
 
@@ -78,22 +75,6 @@ def test_a_whole_run(folder, tmp_path):
     assert [r["same_tokens"] for r in record["results"]] == [12] * 4
     untied = 257 * 32  # of whose rows a step reads one
     assert record["problem"]["weight_bytes"] == 4 * (hugging_face("llama, bytes").num_parameters() - untied)
-
-
-def test_a_gguf_file_in_float32_is_the_same_model(tmp_path):
-    """What llama.cpp is given: no other tensors than ours, nor another vocabulary."""
-    words = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.bos_token_id": 1}
-    kind = GGMLQuantizationType.F16
-    path = tiny_gguf.write(tmp_path / "tiny.gguf", hugging_face("llama"), words, kind=kind)
-    decode.write_float32(path, tmp_path / "wide.gguf")
-    narrow, wide = GGUF.open(path), GGUF.open(tmp_path / "wide.gguf")
-    assert wide.config() == narrow.config()
-    apart = {"general.file_type"}
-    assert {k: v for k, v in wide.metadata.items() if k not in apart and not k.startswith("GGUF")} == {
-        k: v for k, v in narrow.metadata.items() if k not in apart and not k.startswith("GGUF")
-    }
-    for name in narrow.shapes:
-        np.testing.assert_array_equal(wide.tensor(name), narrow.tensor(name))
 
 
 def test_json_alone_and_no_peers(folder):

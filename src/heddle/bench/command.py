@@ -109,11 +109,12 @@ def bench_serve(
     clients: str = typer.Option("1,4,16,64", help="How many ask at once; several with commas."),
     prompt_tokens: int = typer.Option(64, help="Tokens of a prompt."),
     tokens: int = typer.Option(32, help="Tokens of an answer."),
-    repeats: int = typer.Option(3, help="Rounds that count; each number of clients has one a round."),
+    peers: str = typer.Option("all", help="all, none, or of transformers, llama.cpp, with commas."),
+    repeats: int = typer.Option(3, help="Rounds that count; each server has one a round with each number of clients."),
     json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
     out: str | None = typer.Option(None, help="A directory for serve.json."),
 ) -> None:
-    """Measure the server: tokens a second and the time to the first, by how many clients ask at once.
+    """Measure the server beside its peers': tokens a second and the time to the first, by how many clients ask at once.
 
     Example: heddle bench serve --clients 1,8
     """
@@ -124,6 +125,7 @@ def bench_serve(
         clients=clients,
         prompt_tokens=prompt_tokens,
         tokens=tokens,
+        peers=peers,
         repeats=repeats,
         as_json=json,
         out=out,

@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from rich.console import Console
 
+from .model_files import gguf_file, write_folder, write_gguf
 from .options import counts
 from .tables import show
 from .timing import cores, interleave, machine, memory_reader
@@ -125,7 +126,6 @@ def run(
     if unknown := set(chosen) - set(PEERS):
         raise ValueError(f"--peers must be all, none or of {', '.join(PEERS)}; got {', '.join(sorted(unknown))}")
     batches = counts("batch", batch)
-    from heddle.data.locate import locate
     from heddle.data.tokenizers import Tokenizer
     from heddle.jax import Transformer
 
@@ -140,10 +140,10 @@ def run(
         contenders: dict[str, Contender] = {"heddle": _heddle(transformer, tokenizer)}
         absent = {}
         if "transformers" in chosen:
-            contenders["transformers"] = _transformers(transformer)
+            contenders["transformers"] = _transformers(transformer, tokenizer)
         if "llama.cpp" in chosen:
             try:
-                contenders["llama.cpp"] = _llama_cpp(locate(model), prompt_tokens + tokens)
+                contenders["llama.cpp"] = _llama_cpp(gguf_file(model), prompt_tokens + tokens)
             except (ImportError, ValueError) as error:
                 absent["llama.cpp"] = str(error)
         record = {
@@ -194,7 +194,7 @@ def _heddle(model: Any, tokenizer: Any) -> Contender:
     return contender
 
 
-def _transformers(model: Any) -> Contender:
+def _transformers(model: Any, tokenizer: Any) -> Contender:
     """transformers' ``generate`` on the same weights, through a folder, with a thread for each core."""
     import torch
     import transformers
@@ -202,9 +202,8 @@ def _transformers(model: Any) -> Contender:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder) / "model")
+        write_folder(model, tokenizer, Path(folder) / "model")
         peer: Any = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32)
-    peer.generation_config.eos_token_id = None  # nothing ends it before the number of tokens asked for
     peer.generation_config.pad_token_id = 0
 
     def contender(prompts: np.ndarray, tokens: int) -> np.ndarray:
@@ -221,17 +220,14 @@ def _llama_cpp(path: Path, context: int) -> Contender:
 
     Raises:
         ImportError: it isn't installed.
-        ValueError: the model isn't a GGUF file.
     """
-    if path.suffix != ".gguf":
-        raise ValueError("it reads GGUF files alone")
     try:
         llama: Any = importlib.import_module("llama_cpp")
     except ImportError:
         raise ImportError("llama-cpp-python isn't installed") from None
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "float32.gguf"
-        write_float32(path, file)
+        write_gguf(path, file)
         threads = {"n_threads": cores(), "n_threads_batch": cores()}
         peer = llama.Llama(str(file), n_ctx=context, use_mmap=False, verbose=False, **threads)
 
@@ -240,25 +236,6 @@ def _llama_cpp(path: Path, context: int) -> Contender:
         return np.array([[*islice(peer.generate(prompts[0].tolist(), temp=0.0), tokens)]])
 
     return contender
-
-
-def write_float32(source: Path, out: Path) -> None:
-    """A GGUF file's copy whose tensors are float32."""
-    from gguf import GGUFReader, GGUFWriter, dequantize
-
-    reader = GGUFReader(source)
-    writer = GGUFWriter(out, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            writer.add_key_value(name, field.contents(), field.types[0], (*field.types, None)[1])
-    writer.add_file_type(0)  # all float32
-    for tensor in reader.tensors:
-        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        writer.add_tensor(tensor.name, values.reshape([int(n) for n in tensor.shape[::-1]]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def title(record: dict[str, Any]) -> str:
