@@ -280,6 +280,8 @@ class Trainer:
     def _run(self, metrics: MetricsFile | None, write: Callable[[Record], None], stop: Stop) -> None:
         options = self.options
         self._data.restore(self._place)
+        if options.eval_first and not self.step and len(self._evaluation):
+            write({"step": 0, **self.evaluate()})
         self.model.train()
         with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
             since = time.perf_counter()
