@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 import jax
@@ -19,12 +20,14 @@ from flax import nnx
 
 from heddle.data.packing import NO_TARGET, Batch, Packer
 from heddle.jax.flops import peak_flops, training_flops
+from heddle.jax.grpo import RolloutBatch, grpo, token_weights
 from heddle.jax.lm import lm
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
+from heddle.jax.sft import sft
 from heddle.jax.train import Trainer
 from heddle.metrics import read_metrics
-from heddle.options import TrainingOptions
+from heddle.options import GRPOOptions, TrainingOptions
 
 SEQ = 16
 
@@ -88,28 +91,55 @@ def uninterrupted(tmp_path_factory):
 # ---------------------------------------------------------------------- the step
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
-    """1 x 8 = 4 x 2 rows, although the parts hold unequal numbers of tokens."""
-    whole = trainer(tmp_path, batch_size=8, clip=None)
-    batch = next(iter(packer(8)))
-    # Some parts lose most of their targets.
-    batch = batch._replace(targets=np.where(np.arange(8)[:, None] < 3, NO_TARGET, batch.targets))
+def of_completions(rows):
+    """What GRPO trains on, of rows of which one has no tokens to learn, from a policy that has moved since."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, 31, (rows, SEQ)).astype(np.int32)
+    place = np.broadcast_to(np.arange(SEQ, dtype=np.int32), tokens.shape)
+    ends = np.arange(rows)[:, None] % 11 + 3
+    targets = np.where((place >= 2) & (place < ends), np.roll(tokens, -1, axis=1), NO_TARGET).astype(np.int32)
+    mask = targets != NO_TARGET
+    advantages = np.repeat(random.normal(size=(rows, 1)), SEQ, 1)
+    old, reference, sampled = (-3.4 + random.normal(0, 0.3, (3, *mask.shape))).astype(np.float32)
+    weights = token_weights(mask, "grpo", SEQ) * mask.sum()
+    return RolloutBatch(
+        tokens, np.where(place <= ends, 0, -1).astype(np.int32), place, targets, advantages.astype(np.float32),
+        weights.astype(np.float32), old, reference, sampled,
+    )  # fmt: skip
+
+
+OBJECTIVES = {
+    "lm": lm,
+    "sft": sft(label_smoothing=0.1),
+    "grpo": grpo(GRPOOptions(loss_type="grpo", beta=0.2, importance_cap=1.1, temperature=0.7)),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, name):
+    """1 x 16 = 4 x 4 = 16 x 1 rows, although the parts hold unequal numbers of tokens."""
+    objective = OBJECTIVES[name]
+    whole = trainer(tmp_path, objective=objective, batch_size=16, clip=None)
+    batch = of_completions(16) if name == "grpo" else next(iter(packer(16)))
+    # Some parts lose most of their targets, some all.
+    batch = batch._replace(targets=np.where(np.arange(16)[:, None] < 5, NO_TARGET, batch.targets))
 
     def step(accumulation):
-        parts = Batch(*(field.reshape(accumulation, -1, SEQ) for field in batch))
+        parts = jax.tree.map(lambda field: field.reshape(accumulation, -1, SEQ), batch)
         state, record = jax.jit(whole._step)(replace(whole.state, data=None), parts)
         return state.optimizer[1][0].mu, {name: float(value) for name, value in record.items()}
 
     moments, record = step(1)  # the optimiser's first moment: 1 - beta1 times the gradient
-    for accumulation in (2, 4):
+    for accumulation in (4, 16):
         other_moments, other = step(accumulation)
         assert other == pytest.approx(record, rel=1e-5)
         for a, b in zip(jax.tree.leaves(moments), jax.tree.leaves(other_moments), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()))
 
     graph, params = nnx.split(whole.model)
-    row_by_row = jax.jit(jax.value_and_grad(lambda p, row: lm(nnx.merge(graph, p), row, None)[:2], has_aux=True))
-    sums = [row_by_row(params, row) for row in (Batch(*(field[i : i + 1] for field in batch)) for i in range(8))]
+    key = jax.random.key(0)
+    row_by_row = jax.jit(jax.value_and_grad(lambda p, row: objective(nnx.merge(graph, p), row, key)[:2], has_aux=True))
+    sums = [row_by_row(params, jax.tree.map(itemgetter(slice(i, i + 1)), batch)) for i in range(16)]
     tokens = sum(int(count) for (_, count), _ in sums)
     assert record["tokens"] == tokens == (batch.targets != NO_TARGET).sum()
     assert record["loss"] == pytest.approx(sum(float(total) for (total, _), _ in sums) / tokens, rel=1e-5)
