@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import httpx
 import pytest
@@ -29,7 +30,7 @@ def heddle(*arguments: str, **options) -> subprocess.Popen:
 
 def test_told_to_stop_it_finishes_and_leaves(folder, tmp_path):
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"), "HEDDLE_API_KEYS": "one two"}
-    process = heddle("--model", str(folder), "--port", "0", "--max-batch", "2", env=environment)
+    process = heddle("--model", str(folder), "--port", "0", "--max-batch", "1", env=environment)
     keyed = httpx.Client(headers={"authorization": "Bearer two"}, timeout=120)
     try:
         lines = iter(process.stderr.readline, "")
@@ -50,11 +51,22 @@ def test_told_to_stop_it_finishes_and_leaves(folder, tmp_path):
                     streamed.append(line)
                     begun.set()
 
+        # Behind it a dozen that wait for their turn.
+        whole: list[httpx.Response] = []
+        queue = threading.Thread(
+            target=lambda: whole.append(keyed.post("/v1/completions", json=LONG | {"prompt": ["x"] * 12}))
+        )
         reader = threading.Thread(target=read)
         reader.start()
         assert begun.wait(60)
+        queue.start()
+        deadline = time.monotonic() + 60
+        while "heddle_requests_total 14.0" not in httpx.get(url + "/metrics").text:
+            assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
         reader.join()
+        queue.join()
+        assert [choice["text"] for choice in whole[0].json()["choices"]] == [expected["text"]] * 12
         events = [line.removeprefix("data: ") for line in streamed if line]
         assert events.pop() == "[DONE]"
         assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected["text"]
