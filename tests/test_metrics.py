@@ -119,6 +119,7 @@ def test_rewards_are_drawn_where_there_are_some(tmp_path):
 
     assert all(text in drawn() for text in ("mean reward", '"y":[0.25]', '"y":[0.5]'))
     assert "nats a token" in drawn(metric="loss")
+    assert all(text in drawn(metric="eval_reward") for text in ("Held-out reward", "mean reward"))
     assert '"y":[2]' in drawn(metric="entropy") or '"y":[2.0]' in drawn(metric="entropy")
     with pytest.raises(ValueError, match="that tells its kl, got one with entropy, eval_reward, loss, reward"):
         drawn(metric="kl")

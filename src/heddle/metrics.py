@@ -103,9 +103,10 @@ def draw(runs: Sequence[str | Path], out: str | Path, metric: str | None = None)
                     f"{folder} must hold a run with at least one step done that tells its {metric}, got "
                     + (f"one with {', '.join(known)}" if known else "none")
                 )
-    picture = plot.lines(
-        curves, title=metric.capitalize().replace("_", " "), x="step", y=_UNITS.get(metric, metric), dashed=dashed
-    )
+    plain = metric.removeprefix("eval_")
+    title = ("" if plain == metric else "held-out ") + plain.replace("_", " ")
+    unit = _UNITS.get(plain, metric)
+    picture = plot.lines(curves, title=title[0].upper() + title[1:], x="step", y=unit, dashed=dashed)
     return picture.png(out) if str(out).endswith(".png") else picture.html(out)
 
 
