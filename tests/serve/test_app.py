@@ -1,9 +1,12 @@
 """The server as OpenAI's own client, a browser and a careless programmer meet it."""
 
+import gc
+import itertools
 import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -278,7 +281,8 @@ JSON = st.recursive(
 )
 FIELDS = st.sampled_from(
     ["model", "prompt", "messages", "max_tokens", "temperature", "top_p", "top_k", "n", "stop", "seed", "logprobs",
-     "stream", "stream_options", "echo", "best_of", "user", "tools", "presence_penalty", "min_p", "logit_bias"]
+     "stream", "stream_options", "echo", "best_of", "user", "tools", "presence_penalty", "min_p", "logit_bias",
+     "ignore_eos", "max_completion_tokens", "top_logprobs", "response_format", "repetition_penalty"]
 )  # fmt: skip
 
 
@@ -296,6 +300,41 @@ def test_whatever_is_asked_the_answer_is_a_refusal_or_right(server, path, change
     if response.status_code >= 400:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     assert httpx.get(url + "/health").json() == {"status": "ok"}
+
+
+NONSENSE = (
+    b"{", b"\xff", b"[" * 4000, b"x" * 2**21, b"null", b'{"model": "tiny"}', json.dumps(GOOD | {"n": 9}).encode(),
+    json.dumps(GOOD | {"prompt": "x" * 96}).encode(), json.dumps(GOOD | {"prompt": [10**9]}).encode(),
+)  # fmt: skip
+
+
+def test_nonsense_harms_no_neighbour(pair):
+    """Answers under way while it arrives are those of a server that is asked nothing else."""
+    prompts, over = ["a", "one two", "abc" * 9, "go", "x" * 20, "z"], threading.Event()
+    headers = {"content-type": "application/json"}
+    with (
+        serving(engine_of(pair)) as url,
+        httpx.Client(base_url=url, headers=headers, timeout=300) as client,
+        ThreadPoolExecutor(7) as pool,
+    ):
+
+        def disturb() -> set[int]:
+            statuses = set()
+            while not over.is_set():
+                statuses |= {client.post(TEXT, content=body).status_code for body in NONSENSE}
+            return statuses
+
+        def ask(prompt: str) -> str:
+            body = {"model": NAME, "prompt": prompt, "temperature": 0, "max_tokens": 60}
+            return client.post(TEXT, json=body).json()["choices"][0]["text"]
+
+        careless = pool.submit(disturb)
+        try:
+            answers = list(pool.map(ask, prompts))
+        finally:
+            over.set()
+        assert careless.result() == {400, 413}
+    assert answers == [expected(pair, prompt, max_tokens=60).text for prompt in prompts]
 
 
 # ---------------------------------------------------------------------- keys, limits, load
@@ -422,19 +461,37 @@ def test_the_page_and_the_metrics(server):
 
 @pytest.mark.slow
 def test_two_thousand_requests_take_no_more_memory(pair):
+    """Whole, streamed, left in the middle and refused, from eight clients at once."""
     import psutil
 
     engine, process = engine_of(pair), psutil.Process()
-    with serving(engine) as url, httpx.Client(base_url=url, timeout=60) as client:
+    with serving(engine) as url, httpx.Client(base_url=url, timeout=120) as client, ThreadPoolExecutor(8) as pool:
 
-        def ask(count: int) -> int:
-            for i in range(count):
-                body = GOOD | {"prompt": f"request {i}", "max_tokens": 3, "stream": i % 2 == 0, "temperature": 0}
+        def ask(i: int) -> None:
+            body = GOOD | {"prompt": f"request {i}", "max_tokens": 3, "temperature": 0}
+            if i % 3 == 0:
                 assert client.post(TEXT, json=body).status_code == 200
-            return process.memory_info().rss
+            elif i % 3 == 1:
+                assert client.post(TEXT, json=body | {"stream": True}).text.endswith("data: [DONE]\n\n")
+            else:
+                with client.stream("POST", TEXT, json=body | {"stream": True, "max_tokens": 60}) as response:
+                    next(response.iter_lines())
+            if i % 8 == 0:
+                assert client.post(TEXT, json=body | {"surprise": 1}).status_code == 400
 
-        before = ask(400)
-        after = ask(2000)
-    assert after - before < 30e6
+        def left_after(count: int) -> tuple[int, int]:
+            """Objects, and bytes of the process."""
+            list(pool.map(ask, range(count)))
+            deadline = time.monotonic() + 60
+            while engine._handles:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            gc.collect()
+            return len(gc.get_objects()), process.memory_info().rss
+
+        objects, sizes = zip(*(left_after(count) for count in (400, 500, 500, 500, 500)), strict=True)
+    # What is compiled or filled once may fall into any stretch; what each request leaves behind falls into all of them.
+    assert min(after - before for before, after in itertools.pairwise(objects)) < 100
+    assert sizes[-1] - sizes[0] < 30e6
     assert engine.scheduler.blocks.held == 0
-    assert not engine._handles
+    assert engine.scheduler.blocks.available == engine.scheduler.blocks.count
