@@ -160,7 +160,8 @@ def test_a_step_writes_into_the_pool_and_never_copies_it(model):
     mixed = paged.Mixed.of([usual()] * 2)
     arguments = [device._structure, device._leaves, device._pool, ids, at, mixed]
     numbers = np.zeros(2, np.uint32)
-    text = paged._decode.lower(*arguments, numbers, numbers, None, np.bool_(False)).compile().as_text()
+    told = np.bool_(False), np.ones(2, np.float32)
+    text = paged._decode.lower(*arguments, numbers, numbers, None, *told).compile().as_text()
     size = ",".join(map(str, device._pool.keys[0].shape))
     assert not [line for line in text.splitlines() if " copy(" in line and f"[{size}]" in line]
 
