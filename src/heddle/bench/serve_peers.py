@@ -186,9 +186,7 @@ class Server:
         except urllib.error.HTTPError as error:
             raise OSError(f"{error}: {error.read(300).decode(errors='replace')}") from error
         except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(1)  # a process that breaks off an answer is about to be gone
-            raise OSError(self._end() if self.process.returncode is not None else str(error)) from error
+            raise self._failed(error) from error
 
     def try_out(self, load: Load) -> None:
         """See that it reads and writes as many tokens as are meant, and what it does when it has nothing to do.
@@ -224,13 +222,21 @@ class Server:
             process = psutil.Process(self.process.pid)
             return sum(sum(each.cpu_times()[:2]) for each in (process, *process.children(recursive=True)))
 
-        before, began = spent(), time.perf_counter()
-        time.sleep(seconds)
-        return (spent() - before) / (time.perf_counter() - began)
+        try:
+            before, began = spent(), time.perf_counter()
+            time.sleep(seconds)
+            return (spent() - before) / (time.perf_counter() - began)
+        except psutil.Error as error:
+            raise self._failed(error) from error
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
+
+    def _failed(self, error: Exception) -> OSError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(1)  # a process that breaks off an answer is about to be gone
+        return OSError(self._end() if self.process.returncode is not None else str(error))
 
     def _end(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
