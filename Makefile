@@ -46,13 +46,14 @@ lint: $(READY) ## Check style and types
 docs: $(READY) ## Build the documentation into site/, warnings as errors
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-bench: $(READY) ## Measure attention, decoding and the server beside their peers, into out/bench
+bench: $(READY) ## Measure attention, decoding, the server and training beside their peers, into out/bench
 	$(RUN) -m heddle bench attention --seq 4096 --documents 8 --out out/bench/forward
 	$(RUN) -m heddle bench attention --seq 4096 --documents 8 --backward --out out/bench/backward
 	$(RUN) -m heddle bench attention --seq 4096 --documents 1 --out out/bench/causal
 	$(RUN) -m heddle bench attention --seq 4096,8192,16384,32768 --peers none --memory --out out/bench/memory
 	$(RUN) -m heddle bench decode --batch 1,16 --out out/bench/decode
 	$(RUN) -m heddle bench serve --out out/bench/serve
+	$(RUN) -m heddle bench train --out out/bench/train
 
 # Every kernel case against the oracle in both frameworks, then tiles tuned for this device, then the tables, all in one
 # page. A case that fails is in the page too, and the command fails after it.

@@ -133,6 +133,42 @@ def bench_serve(
     )
 
 
+@bench.command("train")
+def bench_train(
+    model: str | None = typer.Option(None, help=MODEL + " Its shape alone: weights are new.", show_default=EMBEDDED),
+    layers: int | None = typer.Option(None, help="Layers of it that are made; fewer are quicker.", show_default="all"),
+    corpus: str = typer.Option("stdlib", help="As data.corpus of heddle train."),
+    seq: int = typer.Option(4096, help="Tokens of a packed row; longer documents are left out."),
+    batch: int = typer.Option(1, help="Rows of a step."),
+    framework: str = typer.Option("both", help="torch, jax or both."),
+    peers: str = typer.Option("all", help="all, none, or of hf-packed, hf-padded, with commas."),
+    repeats: int = typer.Option(3, help="Rounds that count; every contender runs one step a round."),
+    seed: int = typer.Option(0, help="For the weights and the order of documents."),
+    json: bool = typer.Option(False, "--json", help="Print the figures as JSON."),
+    out: str | None = typer.Option(None, help="A directory for train.json."),
+) -> None:
+    """Measure training in float32 on packed documents beside Hugging Face's Trainer: tokens/s, MFU, peak memory.
+
+    Example: heddle bench train --layers 4 --seq 2048
+    """
+    from heddle.bench import train
+
+    train.run(
+        model,
+        layers=layers,
+        corpus=corpus,
+        seq=seq,
+        batch=batch,
+        framework=framework,
+        peers=peers,
+        repeats=repeats,
+        seed=seed,
+        as_json=json,
+        out=out,
+        command=["heddle", *sys.argv[1:]],
+    )
+
+
 @bench.command("parscale")
 def bench_parscale(
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from . import attention, decode, dilated, parscale, serve
+from . import attention, decode, dilated, parscale, serve, train
 from .tables import markdown
 
 MODULES = {
@@ -17,6 +17,7 @@ MODULES = {
     "parscale": parscale,
     "dilated": dilated,
     "serve": serve,
+    "train": train,
 }  #: by record
 
 

@@ -104,17 +104,36 @@ def peak_memory(step: Callable[[], object]) -> int:
     Raises:
         NotImplementedError: not on Linux, whose high-water mark of a process can be reset.
     """
-    if sys.platform != "linux":
-        raise NotImplementedError(f"peak memory is measured on Linux only, this is {sys.platform}")
+    _check_linux()
     step()
     gc.collect()
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _status("VmRSS")
+    before = reset_peak()
     step()
-    return max(0, _status("VmHWM") - before)
+    return max(0, peak() - before)
+
+
+def reset_peak() -> int:
+    """Forget how much memory of this process was resident at most, for :func:`peak`; returns how much is, in bytes.
+
+    Raises:
+        NotImplementedError: not on Linux, as of :func:`peak_memory`.
+    """
+    _check_linux()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most resident memory of this process since :func:`reset_peak`, in bytes."""
+    return _status("VmHWM")
+
+
+def _check_linux() -> None:
+    if sys.platform != "linux":
+        raise NotImplementedError(f"peak memory is measured on Linux only, this is {sys.platform}")
 
 
 def _status(field: str) -> int:

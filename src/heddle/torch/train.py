@@ -90,13 +90,11 @@ def make_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter])
     ]
     groups = [group for group in groups if group["params"]]
     betas = (options.beta1, options.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, eps=options.epsilon)
-    # As its first step would; now, so that a checkpoint has the same tensors at any step. torch.tensor: of a step on
-    # tensors without values (heddle.torch.memory) only what is made so has a value that the optimiser can read.
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=betas, eps=options.epsilon, fused=True)
+    # As its first step would; now, so that a checkpoint has the same tensors at any step.
     for p in parameters:
-        optimizer.state[p] = {
-            "step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)
-        }  # fmt: skip
+        moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
 
 
