@@ -21,7 +21,7 @@ from heddle.attention.mask import PADDING_SEGMENT_ID
 from heddle.data.packing import NO_TARGET, Batch, Packer
 from heddle.options import TrainingOptions
 
-from .timing import peak, reset_peak
+from .timing import give_back, peak, reset_peak
 
 IGNORED = -100  #: what torch's cross-entropy leaves out
 
@@ -266,6 +266,7 @@ class _Gate:
     def __call__(self, loss: float) -> None:
         self._pipe.send(Step(loss, _cpu_seconds() - self._began))
         self._steps += 1
+        give_back()  # the others need it for their steps
         if self._steps == 1 and sys.platform == "linux":  # the first compiles
             reset_peak()
         self.wait()
