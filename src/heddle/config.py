@@ -95,11 +95,6 @@ class Config:
             )
         if trainable == "lora" and base_model is None:
             raise ValueError("training.trainable=lora trains adapters of a base model: set training.base_model")
-        if trainable == "lora" and self.parscale.parscale_n > 1:
-            raise ValueError(
-                "training.trainable=lora would leave what ParScale adds untrained: parscale.parscale_n must be 1, "
-                f"got {self.parscale.parscale_n}"
-            )
         if self.training.objective == "grpo":
             self._check_grpo()
         if self.training.eval_every and not self.data.held_out and self.data.eval_corpus is None:

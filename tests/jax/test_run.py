@@ -24,8 +24,9 @@ from heddle.jax.engine import Engine
 from heddle.jax.generation import generate
 from heddle.jax.longnet import LongNetConfig, LongNetLM
 from heddle.jax.model import Transformer
+from heddle.jax.model_config import ModelConfig
 from heddle.jax.parscale import is_new
-from heddle.jax.run import make_model, prepare, run
+from heddle.jax.run import make_model, model_config, prepare, run
 from heddle.metrics import read_metrics
 
 SMALL = [
@@ -258,6 +259,13 @@ def test_a_parscale_checkpoint_is_gone_on_with(options, tmp_path):
         config = load_config(None, [*further, *PARSCALE, f"parscale.parscale_n={replicas}"])
         with pytest.raises(ValueError, match=rf"parscale_n must be that of the ParScale model .*, 2; got {replicas}"):
             make_model(config, Tokenizer.bytes())
+    base = tmp_path / "base"
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Transformer(ModelConfig(vocab_size=257, **sizes), rngs=nnx.Rngs(0)).save_pretrained(base)
+    config = load_config(None, [*further, *PARSCALE, f"training.base_model={base}", "training.trainable=lora"])
+    for make in (make_model, model_config):  # adapters are for replicas that have learned
+        with pytest.raises(ValueError, match=r"trainable=lora would leave what ParScale adds untrained: .* and 2"):
+            make(config, Tokenizer.bytes())
 
 
 def test_generate_continues_with_a_parscale_folder(options, tmp_path, monkeypatch, capsys):

@@ -164,7 +164,8 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
 
     Raises:
         ValueError: a tokenizer with ids that the pretrained model has no embedding for; a base model that ParScale
-            can't start from, or that has another number of replicas.
+            can't start from, or that has another number of replicas; replicas of another model of which nothing is
+            trained, as adapters are alone.
     """
     training = config.training
     parscale = dataclasses.asdict(config.parscale) if config.parscale.parscale_n > 1 else {}
@@ -177,11 +178,23 @@ def make_model(config: Config, tokenizer: Tokenizer, mesh: Mesh | None = None) -
         there = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         if there.get("model_type") == PARSCALE:
             check_replicas(config, there.get("parscale_n", 1))
+            parscale = {}  # it keeps its own shape
+        elif parscale:
+            _check_trained(config)
         model = load(path, rngs=nnx.Rngs(training.seed), mesh=mesh, **parscale, **settings)
         check_vocabulary(tokenizer, model.config.vocab_size, training.base_model)
         return model
     sizes = model_config(config, tokenizer)
     return create(lambda: Transformer(sizes, rngs=nnx.Rngs(training.seed), **settings), mesh)
+
+
+def _check_trained(config: Config) -> None:
+    """Refuse replicas that nothing would be learned of."""
+    if config.training.trainable == "lora":
+        raise ValueError(
+            "training.trainable=lora would leave what ParScale adds untrained: training.base_model must be a ParScale "
+            f"model, or parscale.parscale_n 1; got {config.training.base_model} and {config.parscale.parscale_n}"
+        )
 
 
 def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
@@ -194,6 +207,8 @@ def model_config(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         if base.model_type == PARSCALE:
             check_replicas(config, base.parscale_n)
             return base
+        if parscale:
+            _check_trained(config)
         return base.with_parscale(**parscale) if parscale else base
     dilation = None
     if options.segment_lengths is not None and options.dilation_rates is not None:
