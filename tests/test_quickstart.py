@@ -43,8 +43,12 @@ def test_the_whole_tour(tmp_path):
     assert training["sample"].startswith("def ")
     assert not (folder / "training" / "checkpoints" / "7").exists()
     twice = found["parscale"]
-    assert (twice["replicas"], twice["steps"], len(twice["losses"])) == (2, 2, 2)
+    assert (twice["replicas"], twice["steps"], len(twice["losses"])) == (2, 4, 4)
     assert all(0 < loss < 10 for _, loss in twice["losses"] + twice["held_out"])
+    (before, first), (after, last) = twice["held_out"]
+    assert (before, after) == (0, 4)
+    assert last < first
+    assert f"held-out loss {first:.3f} to {last:.3f} nats a token in 4 steps" in done.stdout
     assert 0 < twice["new_share"] < 0.1
     assert (folder / "mine.txt").read_text() == "kept"
 
