@@ -107,21 +107,28 @@ def _heddle_jax(task: Task, done: Callable[[float], None]) -> None:
 
 
 def _heddle_torch(task: Task, done: Callable[[float], None]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
     import heddle.torch  # noqa: F401  # its attn_implementation
     from heddle.torch.train import Trainer
 
-    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="heddle")
+    model = _torch_model(task, "heddle")
     with tempfile.TemporaryDirectory() as output:
         Trainer(model, task.packer, task.options, output).fit(lambda record: done(record["loss"]))
+
+
+def _torch_model(task: Task, attention: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation=attention)
 
 
 def _hugging_face(task: Task, done: Callable[[float], None], items: list[Any], collate: Any) -> None:
     """transformers' Trainer with torch's attention and its own defaults, on one item of a data set a step."""
     import torch
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     class StepByStep(Trainer):
         """Takes items as they stand, and hands out each step's loss, which the logs round."""
@@ -133,8 +140,7 @@ def _hugging_face(task: Task, done: Callable[[float], None], items: list[Any], c
             self.last = super().training_step(*args, **kwargs)
             return self.last
 
-    options = task.options
-    model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=torch.float32, attn_implementation="sdpa")
+    options, model = task.options, _torch_model(task, "sdpa")
     with tempfile.TemporaryDirectory() as output:
         arguments = TrainingArguments(
             output, max_steps=options.max_steps, per_device_train_batch_size=1, learning_rate=options.learning_rate,
@@ -280,6 +286,8 @@ def _work(name: str, task: Task, pipe: Connection) -> None:
         pipe.send("it ended before its last step")
     except _EnoughError:
         pipe.send(peak() if sys.platform == "linux" else None)
+    except (EOFError, BrokenPipeError):  # nobody listens any more
+        pass
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
 

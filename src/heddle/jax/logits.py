@@ -1,13 +1,15 @@
 """What training wants to know of the logits without ever holding all of them: losses, log-probabilities, entropies.
 
-Everything is computed in float32 (float64 for float64), a stretch of ``seq`` at a time, each recomputed in the backward
-pass: the float32 logits that exist at one time take ``max_bytes`` of a device at most (or those of one token a row),
-whatever length and vocabulary. A stretch in which no row has a target is passed over.
+Everything is computed in float32 (float64 for float64), a stretch of ``seq`` at a time: the float32 logits that exist
+at one time take ``max_bytes`` of a device at most (or those of one token a row), whatever length and vocabulary. A
+stretch in which no row has a target is passed over. Where something is measured of each token, logits are computed
+again in the backward pass; for a sum of losses they are computed once, its gradient with them, in the forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -98,50 +100,123 @@ def cross_entropy(
             loss = (1 - smoothing) * loss + smoothing * (total - logits.mean(axis=-1))
         return jnp.where(targets == NO_TARGET, 0.0, loss)
 
-    losses = _by_stretches(head, measure, hidden, targets, layout, max_bytes)
-    return losses.sum(), (targets != NO_TARGET).sum(dtype=jnp.int32)
+    total = _sum_by_stretches(head, measure, hidden, targets, layout, max_bytes)
+    return total, (targets != NO_TARGET).sum(dtype=jnp.int32)
 
 
 def _at(logits, targets):
     return jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
 
 
-def _by_stretches(head: Head, measure: Callable, hidden, targets, layout: Layout, max_bytes: int):
-    """``measure(float32 logits, targets)`` of every token, each of its results ``(batch, seq)``.
+class _Stretches:
+    """How rows are cut: of those that several devices share, a stretch is one of each device's tokens."""
 
-    Of rows that several devices share, a stretch is one of each device's tokens.
-    """
-    (batch, seq, _), sharers = hidden.shape, layout.context
-    vocab, own = jax.eval_shape(head, hidden[:, :1]).shape[-1], seq // sharers
-    stretch = min(own, max(1, max_bytes * layout.devices // (4 * batch * vocab * sharers)))
-    parts = -(-own // stretch)
+    def __init__(self, head: Head, hidden, layout: Layout, max_bytes: int):
+        (self.batch, self.seq, _), self.sharers = hidden.shape, layout.context
+        vocab, self.own = jax.eval_shape(head, hidden[:, :1]).shape[-1], self.seq // self.sharers
+        most = max_bytes * layout.devices // (4 * self.batch * vocab * self.sharers)
+        self.length = min(self.own, max(1, most))
+        self.count = -(-self.own // self.length)
 
-    def part(hidden, targets):
+    def cut(self, x, fill):
+        """``(count, batch, ...)``, filled up at the end."""
+        x = x.reshape(self.batch, self.sharers, self.own, *x.shape[2:])
+        widths = [(0, 0), (0, 0), (0, self.count * self.length - self.own)] + [(0, 0)] * (x.ndim - 3)
+        x = jnp.pad(x, widths, constant_values=fill)
+        x = x.reshape(self.batch, self.sharers, self.count, self.length, *x.shape[3:])
+        return jnp.moveaxis(x, 2, 0).reshape(self.count, self.batch, -1, *x.shape[4:])
+
+    def join(self, x):
+        """``(batch, seq)`` again."""
+        x = jnp.moveaxis(x.reshape(self.count, self.batch, self.sharers, self.length), 0, 2)
+        return x.reshape(self.batch, self.sharers, -1)[:, :, : self.own].reshape(self.batch, self.seq)
+
+
+def _measurer(measure: Callable, layout: Layout) -> Callable:
+    """``measure(float32 logits, targets)`` of a stretch, from ``(head, hidden, targets)``."""
+
+    def part(head, hidden, targets):
         logits = layout(head(layout(hidden, "batch", "seq")), "batch", "seq", "vocab")
         return measure(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), targets)
 
-    if parts == 1:
-        return part(hidden, targets)
-    nothing = jax.eval_shape(part, hidden[:, : sharers * stretch], targets[:, : sharers * stretch])
+    return part
 
+
+def _by_stretches(head: Head, measure: Callable, hidden, targets, layout: Layout, max_bytes: int):
+    """``measure(float32 logits, targets)`` of every token, each of its results ``(batch, seq)``."""
+    stretches, part = _Stretches(head, hidden, layout, max_bytes), partial(_measurer(measure, layout), head)
+    if stretches.count == 1:
+        return part(hidden, targets)
+    inputs = stretches.cut(hidden, 0), stretches.cut(targets, NO_TARGET)
+
+    @jax.checkpoint
     def part_with_targets(hidden, targets):
         """Prompts and padding of all rows together, as GRPO has them, need no logits."""
 
         def empty(hidden, targets):
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(part, hidden, targets))
 
         return jax.lax.cond((targets != NO_TARGET).any(), part, empty, hidden, targets)
 
-    def cut(x, fill):
-        x = x.reshape(batch, sharers, own, *x.shape[2:])
-        widths = [(0, 0), (0, 0), (0, parts * stretch - own)] + [(0, 0)] * (x.ndim - 3)
-        x = jnp.pad(x, widths, constant_values=fill).reshape(batch, sharers, parts, stretch, *x.shape[3:])
-        return jnp.moveaxis(x, 2, 0).reshape(parts, batch, sharers * stretch, *x.shape[4:])
+    _, measured = jax.lax.scan(lambda _, x: (None, part_with_targets(*x)), None, inputs)
+    return jax.tree.map(stretches.join, measured)
 
-    def joined(x):
-        x = jnp.moveaxis(x.reshape(parts, batch, sharers, stretch), 0, 2)
-        return x.reshape(batch, sharers, -1)[:, :, :own].reshape(batch, seq)
 
-    inputs = cut(hidden, 0), cut(targets, NO_TARGET)
-    _, measured = jax.lax.scan(lambda _, x: (None, jax.checkpoint(part_with_targets)(*x)), None, inputs)
-    return jax.tree.map(joined, measured)
+def _sum_by_stretches(head: Head, measure: Callable, hidden, targets, layout: Layout, max_bytes: int):
+    """The sum of ``measure(float32 logits, targets)`` over all tokens.
+
+    Its gradient is the sum's cotangent, one number, times what is known when the logits are there: so each stretch
+    finds its own in the forward pass, if there is to be one, and no logits are computed twice.
+    """
+    stretches, measured = _Stretches(head, hidden, layout, max_bytes), _measurer(measure, layout)
+    if stretches.count == 1:
+        return measured(head, hidden, targets).sum()
+    inputs = stretches.cut(hidden, 0), stretches.cut(targets, NO_TARGET)
+    head, weights = jax.closure_convert(head, inputs[0][0])  # what the gradient is by, besides the hidden states
+
+    def part(weights, hidden, targets):
+        return measured(lambda x: head(x, *weights), hidden, targets).sum()
+
+    def scan(step, carry, inputs):
+        """``step(carry, hidden, targets)`` over the stretches with targets: a carry, and results that else are 0."""
+
+        def one(carry, x):
+            def empty(carry, *x):
+                shapes = jax.eval_shape(step, carry, *x)[1]
+                return carry, jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), shapes)
+
+            return jax.lax.cond((x[1] != NO_TARGET).any(), step, empty, carry, *x)
+
+        return jax.lax.scan(one, carry, inputs)
+
+    @jax.custom_vjp
+    def total(weights, hidden, targets):
+        return scan(lambda carry, *x: (carry, part(weights, *x)), None, (hidden, targets))[1].sum()
+
+    def forward(weights, hidden, targets):
+        trained = [weight.perturbed for weight in weights]
+        weights, hidden, targets = jax.tree.map(lambda x: x.value, (weights, hidden, targets), is_leaf=_is_primal)
+
+        def step(sums, hidden, targets):
+            def loss(learned, hidden):
+                learned = iter(learned)
+                each = [next(learned) if train else weight for weight, train in zip(weights, trained, strict=True)]
+                return part(each, hidden, targets)
+
+            value, (by_weights, by_hidden) = jax.value_and_grad(loss, argnums=(0, 1))(learned, hidden)
+            return jax.tree.map(jnp.add, sums, by_weights), (value, by_hidden)
+
+        learned = [weight for weight, train in zip(weights, trained, strict=True) if train]
+        sums, (losses, by_hidden) = scan(step, jax.tree.map(jnp.zeros_like, learned), (hidden, targets))
+        sums = iter(sums)
+        return losses.sum(), ([next(sums) if train else None for train in trained], by_hidden)
+
+    def backward(gradients, cotangent):
+        return *jax.tree.map(lambda x: (cotangent * x).astype(x.dtype), gradients), None
+
+    total.defvjp(forward, backward, symbolic_zeros=True)
+    return total(weights, *inputs)
+
+
+def _is_primal(x) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)

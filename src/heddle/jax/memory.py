@@ -233,10 +233,10 @@ class _Sizes:
 
         x, x normalised, that times the norm's weight, before attention and again before the feed-forward part (6 d);
         the query; attention's output for its own backward pass and, in another layout, for the product behind it (3 q);
-        key and value (2 kv); gate, its sigmoid, silu, up, and their product (5 f); in float32 the logarithms of the
-        denominators (a head) and the norms' factors (2).
+        key and value (2 kv); gate, its silu, up, and their product (4 f); in float32 the logarithms of the denominators
+        (a head) and the norms' factors (2).
         """
-        each = 6 * self.d + 3 * self.q + 2 * self.kv + 5 * self.f
+        each = 6 * self.d + 3 * self.q + 2 * self.kv + 4 * self.f
         return self.tokens * (each * self.itemsize + 4 * (self.heads + 2))
 
     def feed_forward_backward(self) -> int:

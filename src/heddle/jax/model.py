@@ -112,7 +112,11 @@ class FeedForward(nnx.Module):
         self.activation = config.hidden_act
 
     def __call__(self, x_btd):
-        return self.down(ACTIVATIONS[self.activation](self.gate(x_btd)) * self.up(x_btd))
+        @jax.checkpoint  # of a layer's activations these would be the largest
+        def gated(gate_btf, up_btf):
+            return ACTIVATIONS[self.activation](gate_btf) * up_btf
+
+        return self.down(gated(self.gate(x_btd), self.up(x_btd)))
 
 
 class Block(nnx.Module):
