@@ -74,7 +74,7 @@ def test_a_batch_script_and_a_single_task_are_alone(task):
 def joined(monkeypatch) -> tuple:
     """What JAX is told: address, processes, process, devices, where else to look."""
     told = []
-    monkeypatch.setattr(JAX.jax.distributed, "initialize", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(JAX.jax.distributed, "initialize", lambda *arguments, **waits: told.append(arguments))
     JAX.initialize()
     return told[0] if told else ()
 
