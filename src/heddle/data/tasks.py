@@ -272,7 +272,7 @@ def asking(
     def ask(prompt: str | Sequence[Message]) -> str | list[Message]:
         if isinstance(prompt, str) and (form == "text" or not tokenizer.chat_template):
             return f"{before}\n\n{prompt}\n" if before else prompt
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         if before and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": before}, *messages]
         return messages
