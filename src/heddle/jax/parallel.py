@@ -129,21 +129,27 @@ def make_mesh(
     )
 
 
-def initialize(address: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+def initialize(
+    address: str | None = None, processes: int | None = None, process: int | None = None, heartbeat: int | None = None
+) -> None:
     """Join the other processes of a run, if there are any: to be called before anything else asks JAX for devices.
 
     The tasks of one ``srun`` find each other. Those that share a host take the device of their number there, one that
     has it for itself takes all; ``JAX_LOCAL_DEVICE_IDS`` says otherwise.
+
+    Where a process dies the others end too, by SIGABRT and with a word on it: at once if it was process 0, else when it
+    has been silent for ``heartbeat`` seconds. Until then they may wait for it in a collective operation.
 
     Args:
         address: ``host:port`` of process 0; None: the environment's ``JAX_COORDINATOR_ADDRESS``, or Slurm's first
             host. Without one this process is alone.
         processes, process: how many there are, and which this is; None: ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``,
             or what a cluster's environment (Slurm, MPI, Kubernetes) tells.
+        heartbeat: seconds, at least 1; None: ``HEDDLE_HEARTBEAT_SECONDS``, or 100.
 
     Raises:
         ValueError: numbers that aren't; a process that isn't below the number of processes; no address where the
-            environment says that there are several processes.
+            environment says that there are several processes; no time for a sign of life.
     """
     if jax.distributed.is_initialized():
         return
@@ -160,10 +166,15 @@ def initialize(address: str | None = None, processes: int | None = None, process
             devices = [step.local]
     if process is not None and not 0 <= process < (processes or math.inf):
         raise ValueError(f"process must be at least 0 and below the {processes} processes, got {process}")
+    if heartbeat is None:
+        given = _number("HEDDLE_HEARTBEAT_SECONDS")
+        heartbeat = 100 if given is None else given
+    if heartbeat < 1:
+        raise ValueError(f"heartbeat must be at least 1 second, got {heartbeat}")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is the trainer's to handle
     # Where all is known JAX must not look further: under Slurm it would take one device of a host with many.
     detect = "deactivate" if None not in (processes, process) else None
-    jax.distributed.initialize(address, processes, process, devices, detect)
+    jax.distributed.initialize(address, processes, process, devices, detect, heartbeat_timeout_seconds=heartbeat)
 
 
 def _check_alone() -> None:
