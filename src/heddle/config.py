@@ -14,8 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from heddle.data.tasks import makes_problems
-
 from .options import (
     DataOptions,
     GRPOOptions,
@@ -25,6 +23,7 @@ from .options import (
     ParScaleOptions,
     SFTOptions,
     TrainingOptions,
+    makes_problems,
     one_of,
 )
 

@@ -26,6 +26,7 @@ CROSS_ATTN_MODES = ("joint", "sublayer")
 PREFIX_SCOPES = ("own", "all")
 ATTENTIONS = ("dense", "dilated", "sliding")
 TRACKERS = ("none", "tensorboard", "trackio", "wandb")
+LARGEST, GYM = "largest", "reasoning-gym:"  #: tasks that make their problems up; of the second any
 ON_ERROR = ("fail", "skip")  #: what a broken line of a corpus does: end the run, or be reported and skipped
 
 
@@ -363,3 +364,8 @@ def _positive(name: str, value: float) -> None:
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def makes_problems(corpus: str) -> bool:
+    """Whether ``data.corpus`` names a task that makes its problems up, and no file."""
+    return corpus == LARGEST or corpus.startswith(GYM)

@@ -22,13 +22,12 @@ from heddle.data.tasks import (
     Task,
     answered,
     asking,
-    makes_problems,
     open_task,
     parse_settings,
     prompt_encoder,
 )
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
-from heddle.options import MeshOptions
+from heddle.options import MeshOptions, makes_problems
 
 #: What a run may change on the way: how long, how often and with how much memory it learns, but not what.
 CHANGEABLE = {

@@ -14,7 +14,6 @@ from heddle.data.tasks import (
     Stream,
     answered,
     asking,
-    makes_problems,
     open_task,
     parse_answer,
     parse_settings,
@@ -22,6 +21,7 @@ from heddle.data.tasks import (
     score,
 )
 from heddle.data.tokenizers import Tokenizer
+from heddle.options import makes_problems
 
 FIELDS = {"answer_form": "whole", "threshold": 1.0}
 

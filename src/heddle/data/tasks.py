@@ -16,13 +16,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from heddle.options import ANSWER_FORMS, SFT_FORMS
+from heddle.options import ANSWER_FORMS, GYM, LARGEST, SFT_FORMS
 
 from .chat import ASSISTANT, Message
 from .corpora import Reader, Take, is_held_out, open_records
 from .tokenizers import Tokenizer
 
-LARGEST, GYM = "largest", "reasoning-gym:"
 BUILTIN = f"{LARGEST}, {GYM}NAME"
 OPEN, CLOSE = "<answer>", "</answer>"
 IN_TAGS = f"Put the final answer, and nothing else, between {OPEN} and {CLOSE}, at the very end."
@@ -91,11 +90,6 @@ class Stream:
 
 def _key(problem: Problem) -> str:
     return json.dumps(problem.prompt, sort_keys=True, default=str)
-
-
-def makes_problems(name: str) -> bool:
-    """Whether this names a task that makes its problems up, and no file."""
-    return name == LARGEST or name.startswith(GYM)
 
 
 def open_task(
@@ -302,7 +296,7 @@ def answered(task: Task, take: Take, ask: Callable[[Any], str | list[Message]], 
     10,000 problems are an epoch; the next one's are others.
 
     Args:
-        task: one that makes its problems up, see :func:`makes_problems`.
+        task: one that makes its problems up, see :func:`heddle.options.makes_problems`.
         take: what makes a record of ``prompt`` and ``completion`` into an example.
         ask: see :func:`asking`.
         answer_form: how answers are written.
