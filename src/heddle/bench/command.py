@@ -138,7 +138,7 @@ def bench_train(
     model: str | None = typer.Option(None, help=MODEL + " Its shape alone: weights are new.", show_default=EMBEDDED),
     layers: int | None = typer.Option(None, help="Layers of it that are made; fewer are quicker.", show_default="all"),
     corpus: str = typer.Option("stdlib", help="As data.corpus of heddle train."),
-    seq: int = typer.Option(4096, help="Tokens of a packed row; longer documents are left out."),
+    seq: int = typer.Option(2048, help="Tokens of a packed row; longer documents are left out."),
     batch: int = typer.Option(1, help="Rows of a step."),
     framework: str = typer.Option("both", help="torch, jax or both."),
     peers: str = typer.Option("all", help="all, none, or of hf-packed, hf-padded, with commas."),
@@ -149,7 +149,7 @@ def bench_train(
 ) -> None:
     """Measure training in float32 on packed documents beside Hugging Face's Trainer: tokens/s, MFU, peak memory.
 
-    Example: heddle bench train --layers 4 --seq 2048
+    Example: heddle bench train --seq 4096 --peers hf-packed
     """
     from heddle.bench import train
 

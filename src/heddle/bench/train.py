@@ -122,7 +122,7 @@ def run(
     *,
     layers: int | None = None,
     corpus: str = "stdlib",
-    seq: int = 4096,
+    seq: int = 2048,
     batch: int = 1,
     framework: str = "both",
     peers: str = "all",

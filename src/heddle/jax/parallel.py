@@ -138,8 +138,8 @@ def initialize(
     has it for itself takes all; ``JAX_LOCAL_DEVICE_IDS`` says otherwise.
 
     Where a process dies the others end too, by SIGABRT and with a word on it: at once if it was process 0, else when it
-    has been silent for ``heartbeat`` seconds. Until then they may wait for it in a collective operation. One that raises
-    alone tells its error at once, and waits for the others for 300 seconds (JAX's); then all end.
+    has been silent for ``heartbeat`` seconds. Until then they may wait for it in a collective operation. One that
+    raises alone tells its error at once, and waits for the others for 300 seconds (JAX's); then all end.
 
     Args:
         address: ``host:port`` of process 0; None: the environment's ``JAX_COORDINATOR_ADDRESS``, or Slurm's first
