@@ -174,6 +174,12 @@ ERRORS = {
     "segment_lengths and model.dilation_rates must be positive integers, equally many, got [4] and [1, 2]",
     "mesh.context=0": "mesh.context must be at least 1, or -1 for what is left, got 0",
     "mesh.fsdp=-1 mesh.data=-1": "one axis of the mesh may be -1, got mesh.data and mesh.fsdp",
+    # What others make an effect of.
+    "training.objective=grpo grpo.reference_every=2": "grpo.reference_every=2 has no effect without grpo.beta above 0",
+    "training.objective=grpo grpo.curriculum_prompts=8": "grpo.curriculum_prompts=8 has no effect without "
+    "grpo.curriculum=true",
+    "training.decay_share=0.5": "training.decay_share=0.5 has no effect without training.schedule=wsd",
+    "training.objective=sft data.field=body": "data.field=body has no effect without training.objective=lm",
     # What one wing alone has.
     "framework=tensorflow": "framework must be one of jax, torch; got 'tensorflow'",
     "framework=torch mesh.fsdp=2": "mesh.fsdp=2 is for framework=jax, but framework is torch",

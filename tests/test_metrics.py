@@ -140,8 +140,8 @@ RECORDS = [
 ]
 
 
-def track(name, folder):
-    with tracking(name, folder, {"training.seed": 3, "data.corpus": None}) as write:
+def track(name, folder, resumes=False):
+    with tracking(name, folder, {"training.seed": 3, "data.corpus": None}, resumes) as write:
         for record in RECORDS:
             write(record)
 
@@ -154,6 +154,9 @@ def test_tensorboard_has_what_the_metrics_have(tmp_path):
     events = EventAccumulator(str(file)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
     assert [(e.step, e.value) for e in events.Scalars("eval_loss")] == [(2, 3.0)]
+    track("tensorboard", tmp_path, resumes=True)
+    events = EventAccumulator(str(tmp_path / "heddle")).Reload()  # both files: steps done again stand there once
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -166,10 +169,16 @@ def test_trackers_on_the_web_are_told_the_run_and_its_records(tmp_path, monkeypa
     )
     monkeypatch.setitem(sys.modules, name, fake)
     track(name, tmp_path / "run7")
-    assert told[0] == {"project": "heddle", "name": "run7", "config": {"training.seed": 3, "data.corpus": "None"}}
+    identity = {"id": (tmp_path / "run7" / "tracker_id").read_text()} if name == "wandb" else {}
+    config = {"training.seed": 3, "data.corpus": "None"}
+    assert told[0] == {"project": "heddle", "name": "run7", "config": config, "resume": "never", **identity}
     assert told[1:] == [
         (1, {"loss": 2.5, "tokens": 7}), (2, {"loss": 1.25, "skipped": True}), (2, {"eval_loss": 3}), "finished",
     ]  # fmt: skip
+    track(name, tmp_path / "run7", resumes=True)
+    assert told[5] == told[0] | {"resume": "allow"}
+    track(name, tmp_path / "run7")  # from the start again, which is another run
+    assert name == "trackio" or told[10]["id"] != told[0]["id"]
 
 
 def test_a_tracker_that_is_not_there_is_named(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,16 @@ ONE_WING = {
 ONE_CHOICE = {"sft": ("objective", "sft"), "grpo": ("objective", "grpo"), "lora": ("trainable", "lora")}
 #: How a task's problems are asked, which fine-tuning on a task's right answers needs too.
 ASKING = {"grpo.task", "grpo.prompt_form", "grpo.system", "grpo.answer_form"}
+#: Options that others make an effect of: which, and whether they do.
+ONLY_WITH: dict[str, tuple[str, Callable[[Config], bool]]] = {
+    "grpo.reference_every": ("grpo.beta above 0", lambda c: c.grpo.beta > 0),
+    "grpo.reference_mix": ("grpo.reference_every above 0", lambda c: c.grpo.reference_every > 0),
+    "grpo.unbiased_kl": ("grpo.beta above 0", lambda c: c.grpo.beta > 0),
+    "grpo.curriculum_threshold": ("grpo.curriculum=true", lambda c: c.grpo.curriculum),
+    "grpo.curriculum_prompts": ("grpo.curriculum=true", lambda c: c.grpo.curriculum),
+    "training.decay_share": ("training.schedule=wsd", lambda c: c.training.schedule == "wsd"),
+    "data.field": ("training.objective=lm", lambda c: c.training.objective == "lm"),
+}
 
 
 @dataclass
@@ -73,6 +83,9 @@ class Config:
             only = ONE_WING.get(name) or ONE_WING.get(f"{name}={value}")
             if only is not None and only != self.framework:
                 raise ValueError(f"{name}={value} is for framework={only}, but framework is {self.framework}")
+            needed, effective = ONLY_WITH.get(name, ("", None))
+            if effective is not None and not effective(self):
+                raise ValueError(f"{name}={value} has no effect without {needed}")
             if section == "model" and self.training.base_model is not None:
                 raise ValueError(
                     f"{name} is for a model from scratch, but training.base_model names "

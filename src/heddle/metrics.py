@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -126,13 +127,16 @@ def check_tracker(name: str) -> None:
 
 
 @contextmanager
-def tracking(name: str, folder: str | Path, options: dict[str, Any]) -> Iterator[Callable[[Record], None]]:
+def tracking(
+    name: str, folder: str | Path, options: dict[str, Any], resumes: bool = False
+) -> Iterator[Callable[[Record], None]]:
     """What to call with each record, so that the tracker has it too.
 
     Args:
         name: as ``training.report_to``: tensorboard (in the run's folder), trackio, wandb; none: nothing is done.
         folder: the run's.
         options: of the run, by their dotted names.
+        resumes: the run goes on from a checkpoint, and so does the tracker's.
 
     Raises:
         ValueError: see :func:`check_tracker`.
@@ -146,11 +150,22 @@ def tracking(name: str, folder: str | Path, options: dict[str, Any]) -> Iterator
     else:
         tracker = importlib.import_module(name)
         values = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in options.items()}
-        tracker.init(project=PROJECT, name=Path(folder).name, config=values)
+        identity = {"id": _identity(Path(folder), resumes)} if name == "wandb" else {}  # trackio goes by names
+        resume = "allow" if resumes else "never"
+        tracker.init(project=PROJECT, name=Path(folder).name, config=values, resume=resume, **identity)
         try:
             yield lambda record: tracker.log(_numbers(record), step=record["step"])
         finally:
             tracker.finish()
+
+
+def _identity(folder: Path, resumes: bool) -> str:
+    """Of a run on a tracker, kept in its folder."""
+    path = folder / "tracker_id"
+    if not (resumes and path.is_file()):
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(8))
+    return path.read_text().strip()
 
 
 class _TensorBoard:
@@ -160,11 +175,16 @@ class _TensorBoard:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(folder))
+        self._begun = False
 
     def write(self, record: Record) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[attr-defined]
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
         from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
 
+        if not self._begun:  # what stands there of this step and later ones was done after the checkpoint
+            self._begun = True
+            start = SessionLog(status=SessionLog.START)
+            self._writer.add_event(Event(wall_time=time.time(), step=record["step"], session_log=start))
         values = [Summary.Value(tag=name, simple_value=value) for name, value in _numbers(record).items()]
         self._writer.add_event(Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values)))
 

@@ -305,7 +305,7 @@ class TrainingOptions:
     max_nonfinite: int = 5  #: steps in a row with a non-finite loss or gradient, each skipped, that stop the run
     eval_every: int = 100  #: steps between evaluations; 0: never
     eval_first: bool = False  #: evaluate before the first step too, as step 0
-    eval_batches: int = 4  #: batches of an evaluation, always the same
+    eval_batches: int = 4  #: batches of ``batch_size`` rows of an evaluation, always the same
     checkpoint_every: int = 100  #: steps between checkpoints, besides the one at the end; 0: none between
     keep: int = 2  #: checkpoints kept, the latest ones
     keep_best: bool = False  #: keep the one of the lowest held-out loss besides

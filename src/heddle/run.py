@@ -98,7 +98,7 @@ def training_data(config: Config) -> Data:
             )  # fmt: skip
         rows = training.batch_size // training.accumulation
         packed = Packer(as_tokens(reader), data.seq_len, rows, window=data.window, epochs=1)
-        evaluation = list(islice(packed, training.eval_batches))
+        evaluation = list(islice(packed, training.eval_batches * training.accumulation))
     return Data(tokenizer, packer, evaluation)
 
 
@@ -180,11 +180,15 @@ def check_replicas(config: Config, replicas: int) -> None:
 # ---------------------------------------------------------------------- its folder
 
 
+def resumes(output: str | Path) -> bool:
+    """Whether a run in this folder goes on from a checkpoint."""
+    return any(checkpoint.name.isdigit() for checkpoint in (Path(output) / "checkpoints").glob("*"))
+
+
 def check_folder(config: Config) -> None:
     """Refuse to go on with a run that was configured to learn something else."""
-    output = Path(config.output)
-    path, checkpoints = output / "config.yaml", output / "checkpoints"
-    if not path.exists() or not any(checkpoint.name.isdigit() for checkpoint in checkpoints.glob("*")):
+    path = Path(config.output) / "config.yaml"
+    if not path.exists() or not resumes(config.output):
         return
     before, now = load_config(path).flat(), config.flat()
     changed = [name for name in now if name not in CHANGEABLE and now[name] != before[name]]

@@ -2,7 +2,9 @@
 
 import json
 import threading
+import time
 from collections import defaultdict
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heddle import Mask
-from heddle.data.packing import NO_TARGET, Batch, Document, Packer, ahead, best_fit, pack
+from heddle.data.packing import NO_TARGET, Batch, Document, Packer, ahead, best_fit, pack, prepared
 
 documents_of = st.lists(st.integers(0, 40), max_size=25).map(
     # Every token of every document is another number, so that a row tells where each of its tokens came from.
@@ -205,6 +207,36 @@ def test_ahead_hands_out_the_same_items_and_passes_errors_on():
     assert next(items) == 1
     with pytest.raises(OSError, match="line 7 is broken"):
         next(items)
+
+
+def test_a_window_is_packed_while_the_one_before_is_handed_out():
+    read = []
+
+    def documents(epoch, cursor):
+        for i in range(cursor or 0, 1000):
+            read.append(i)
+            yield np.arange(8), i + 1
+
+    packer = Packer(documents, 8, 2, window=80, epochs=1)  # five batches a window
+    with closing(prepared(packer)) as batches:
+        next(batches)
+        end = time.monotonic() + 60
+        while len(read) < 20 and time.monotonic() < end:  # nobody asks for the second batch
+            time.sleep(0.01)
+    assert 20 <= len(read) <= 40  # the next window's, but not all there is
+
+
+def test_prepared_batches_tell_where_the_packer_stands_and_which_is_the_last():
+    def packer():
+        return Packer(lambda epoch, cursor: ((np.arange(5), i + 1) for i in range(cursor or 0, 7)), 8, 2, epochs=1)
+
+    plain, seen = packer(), list(prepared(packer()))
+    for batch, after, _ in seen:
+        np.testing.assert_equal(batch, next(plain))
+        assert after == plain.state()
+    assert [last for *_, last in seen] == [False, False, False, True]
+    [(_, _, last)] = prepared(Packer(lambda *_: [(np.arange(5), 1)], 8, 2, epochs=1))
+    assert last
 
 
 def test_closing_ahead_stops_its_thread():

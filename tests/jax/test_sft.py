@@ -123,7 +123,8 @@ def test_loss_and_gradient_are_trls(model, folder, tmp_path):
 
 def test_noise_has_neftunes_size_whatever_the_packing(model):
     packed, width, alpha = pack(examples(), 16), SIZES["hidden_size"], 5.0
-    noise = np.asarray(neftune_noise(KEY, packed, width, alpha))
+    keys = jax.random.split(KEY, len(packed.tokens))
+    noise = np.asarray(neftune_noise(keys, packed, width, alpha))
     for row, segments in enumerate(packed.segment_ids):
         assert (noise[row, segments < 0] == 0).all()
         for segment in np.unique(segments[segments >= 0]):
@@ -131,13 +132,13 @@ def test_noise_has_neftunes_size_whatever_the_packing(model):
             bound = alpha / np.sqrt(len(of) * width)  # the paper's, of an example's own length
             assert 0.8 * bound < np.abs(of).max() <= bound
     noisy, again, other = (
-        float(sft(neftune_alpha=alpha)(model, packed, key)[0]) for key in (KEY, KEY, jax.random.key(1))
+        float(sft(neftune_alpha=alpha)(model, packed, key)[0]) for key in (keys, keys, keys[::-1])
     )
     assert noisy == again != other
     assert noisy != float(lm(model, packed, KEY)[0])
     # It is added to the embeddings.
     one = pack(examples()[2:3], 16)
-    noise = np.array(neftune_noise(KEY, one, width, alpha))
+    noise = np.array(neftune_noise(keys[:1], one, width, alpha))
     theirs = hugging_face("llama")
     with torch.no_grad():
         embedded = theirs.model.embed_tokens(torch.from_numpy(one.tokens).long())

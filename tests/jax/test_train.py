@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,10 @@ class Bigram(nnx.Module):
         rngs = nnx.Rngs(seed)
         self.embedding = nnx.Embed(31, 16, rngs=rngs)
         self.layer, self.head = nnx.Linear(16, 16, rngs=rngs), nnx.Linear(16, 31, rngs=rngs)
+        self.config = SimpleNamespace(hidden_size=16)
 
-    def hidden(self, tokens, positions, segment_ids):
-        return jnp.tanh(self.layer(self.embedding(tokens)))
+    def hidden(self, tokens, positions, segment_ids, noise=0.0):
+        return jnp.tanh(self.layer(self.embedding(tokens) + noise))
 
 
 def transformer(seed=0, **options):
@@ -110,7 +112,7 @@ def of_completions(rows):
 
 OBJECTIVES = {
     "lm": lm,
-    "sft": sft(label_smoothing=0.1),
+    "sft": sft(neftune_alpha=5.0, label_smoothing=0.1),
     "grpo": grpo(GRPOOptions(loss_type="grpo", beta=0.2, importance_cap=1.1, temperature=0.7)),
 }
 
@@ -137,9 +139,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path, name):
             np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max()))
 
     graph, params = nnx.split(whole.model)
-    key = jax.random.key(0)
-    row_by_row = jax.jit(jax.value_and_grad(lambda p, row: objective(nnx.merge(graph, p), row, key)[:2], has_aux=True))
-    sums = [row_by_row(params, jax.tree.map(itemgetter(slice(i, i + 1)), batch)) for i in range(16)]
+    keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(whole.state.rng), 0), 16)
+    row_by_row = jax.jit(jax.value_and_grad(lambda p, *row: objective(nnx.merge(graph, p), *row)[:2], has_aux=True))
+    sums = [row_by_row(params, *jax.tree.map(itemgetter(slice(i, i + 1)), (batch, keys))) for i in range(16)]
     tokens = sum(int(count) for (_, count), _ in sums)
     assert record["tokens"] == tokens == (batch.targets != NO_TARGET).sum()
     assert record["loss"] == pytest.approx(sum(float(total) for (total, _), _ in sums) / tokens, rel=1e-5)
@@ -173,7 +175,7 @@ def test_parameters_stay_float32_when_computing_in_bfloat16(tmp_path):
 def test_objectives_may_measure_more(tmp_path):
     def objective(model, batch, rng):
         total, count, _ = lm(model, batch, rng)
-        return total, count, {"places": jnp.asarray(batch.tokens.size, jnp.float32), "noise": jax.random.normal(rng)}
+        return total, count, {"places": jnp.asarray(batch.tokens.size, jnp.float32), "noise": jax.random.normal(rng[0])}
 
     trained = trainer(tmp_path, objective=objective, max_steps=3, accumulation=2, evaluation=list(islice(packer(), 2)))
     trained.fit()
@@ -370,6 +372,18 @@ def test_the_best_checkpoint_is_kept_besides_and_the_last_is_resumed(tmp_path):
     assert int(last.state.step) == 12
     assert best != 12
     assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {best, 12}
+    model, step = last.best()
+    assert step == best
+    again = trainer(tmp_path / "again", model, evaluation=list(islice(packer(), 1)))
+    assert again.evaluate()["eval_loss"] == held_out[best]
+    assert last.evaluate()["eval_loss"] == held_out[12]
+
+
+def test_the_best_is_had_where_it_is_kept(tmp_path):
+    with pytest.raises(ValueError, match=r"training\.keep_best must be true .*, got False"):
+        trainer(tmp_path).best()
+    with pytest.raises(ValueError, match="must hold a checkpoint that was evaluated, got none"):
+        trainer(tmp_path, keep_best=True, eval_every=2, checkpoint_every=2).best()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -404,13 +418,21 @@ def test_data_must_come_in_the_batches_the_options_say(tmp_path):
         Trainer(Bigram(0), lm, packer(4), TrainingOptions(batch_size=8), tmp_path)
 
 
-def test_finite_data_end_the_run_with_a_checkpoint(tmp_path):
-    short = trainer(tmp_path, max_steps=100)
-    short._data = Packer(documents, SEQ, 4, seed=1, window=200, epochs=1)
+def finite():
+    return Packer(documents, SEQ, 4, seed=1, window=200, epochs=1)
+
+
+@pytest.mark.parametrize("every", [0, 1, 100])  # at its end, too, a step that an evaluation was due after
+def test_finite_data_end_the_run_with_an_evaluation_and_a_checkpoint(tmp_path, every):
+    steps = len(list(finite()))
+    short = trainer(tmp_path, max_steps=100, eval_every=every, evaluation=list(islice(packer(), 1)))
+    short._data = finite()
     short.fit()
-    steps = len(list(Packer(documents, SEQ, 4, seed=1, window=200, epochs=1)))
-    assert int(short.state.step) == len(records(tmp_path)) == steps
+    assert int(short.state.step) == sum("loss" in record for record in records(tmp_path)) == steps
     assert (tmp_path / "checkpoints" / str(steps)).is_dir()
+    if every:
+        assert {"step", "eval_loss"} <= set(records(tmp_path)[-1])
+        assert records(tmp_path)[-1]["step"] == steps
 
 
 # ---------------------------------------------------------------------- kill -9

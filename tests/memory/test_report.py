@@ -127,6 +127,29 @@ def test_a_dry_run_plans_the_run(folder, tmp_path, framework, replicas):
         assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_counts_what_a_run_keeps_besides(folder):
+    """An average and a reference, each of all parameters; the cache that completions are sampled with."""
+
+    def parts(*options):
+        words = [f"training.base_model={folder}", "training.batch_size=8", "data.seq_len=64", *options]
+        result = CliRunner().invoke(app, ["train", "--dry-run", "data.tokenizer=bytes", *words])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    model = figures("--model", folder)["parts"]["parameters"]
+    assert "copies of parameters" not in parts()
+    assert f"copies of parameters {units.show(model)} " in " ".join(parts("training.ema_decay=0.9").split())
+    grpo = ["training.objective=grpo", "data.corpus=largest", "grpo.max_completion=16", "grpo.num_generations=4"]
+    plain = " ".join(parts(*grpo).split())
+    assert "copies of parameters" not in plain
+    config = hugging_face("llama, bytes").config
+    keys = 8 * 64 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert f"KV cache {units.show(2 * keys)} " in plain
+    both = " ".join(parts(*grpo, "grpo.beta=0.1", "training.ema_decay=0.9").split())
+    assert f"copies of parameters {units.show(2 * model)} " in both
+    assert "takes more than training.remat=dots" in parts("training.remat=dots")
+
+
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 def test_a_dry_run_refuses_what_the_run_would(folder, monkeypatch, capsys, framework):
     """A tokenizer larger than the base model's vocabulary, say."""

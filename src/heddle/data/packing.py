@@ -112,7 +112,7 @@ class Packer(Iterator[Batch]):
         row_len: tokens in a row.
         rows: rows in a batch.
         seed: of the order of rows within a window.
-        window: tokens packed together; a larger one fills rows better and mixes more documents, and costs 4 bytes a
+        window: tokens packed together; a larger one fills rows better and mixes more documents, and costs 8 bytes a
             token. Default: 2**20, or 256 rows if that is more.
         epochs: how often to go through the documents; None: without end. The last batch of a finite stream is filled up
             with rows of padding.
@@ -140,6 +140,11 @@ class Packer(Iterator[Batch]):
         self._documents, self._seed, self._epochs = documents, seed, epochs
         self._window_tokens = window if window is not None else max(2**20, 256 * row_len)
         self.restore({"epoch": 0, "cursor": None, "window": 0, "row": 0})
+
+    @property
+    def ahead(self) -> int:
+        """Batches to make before they are asked for: with a window's, the next is packed while these are trained on."""
+        return 2 + self._window_tokens // (self.rows * self.row_len)
 
     def state(self) -> dict[str, Any]:
         """Where the next batch begins, as a JSON value: the place where its window does, and the row within it."""
@@ -207,6 +212,25 @@ class Packer(Iterator[Batch]):
             if empty:
                 raise ValueError("documents must hold at least one token, got none")
             epoch, cursor = epoch + 1, None
+
+
+def prepared(packer: Any) -> Generator[tuple[Batch, Any, bool]]:
+    """A packer's batches, made ahead; with each the packer's state after it, and whether it is the last.
+
+    Args:
+        packer: a :class:`Packer`; or another iterator of batches with its ``ahead`` and ``state``.
+    """
+
+    def batches() -> Iterator[tuple[Batch, Any, bool]]:
+        before = None
+        for batch in packer:
+            if before is not None:
+                yield *before, False
+            before = batch, packer.state()
+        if before is not None:
+            yield *before, True
+
+    return ahead(batches, depth=packer.ahead)
 
 
 Item = TypeVar("Item")

@@ -27,6 +27,7 @@ from .parallel import copies, of_all_processes
 from .sampling import sampler
 
 LENGTH = "length"  #: why a completion ended that was cut
+ROLLOUT_BLOCK = 32  #: tokens of a block of the cache that completions are sampled with
 
 
 class Rollout(NamedTuple):
@@ -204,7 +205,7 @@ class Rollouts:
         """The engines, with these weights: one for each whole copy of the model that the devices hold."""
         models = copies(model)
         if not self._engines:
-            size, rows = 32, -(-self.rows // (len(models) * jax.process_count()))
+            size, rows = ROLLOUT_BLOCK, -(-self.rows // (len(models) * jax.process_count()))
             rows = max(rows, self._options.num_generations)
             blocks = rows * -(-self.row_len // size)
             self._engines = [

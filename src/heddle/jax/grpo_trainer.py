@@ -84,7 +84,7 @@ class GRPOTrainer(Trainer):
     def _policy(self, variables: Any) -> Any:
         return nnx.merge(self._graph, jax.tree.map(lambda x: x, variables))  # its own variables
 
-    def _batches(self) -> Generator[tuple[RolloutBatch, Any]]:
+    def _batches(self) -> Generator[tuple[RolloutBatch, Any, bool]]:
         batch, used = self._resumed_rollout()
         while True:
             self._measured_on_host = {}
@@ -99,7 +99,7 @@ class GRPOTrainer(Trainer):
             else:
                 after |= {"used": used, "rollout": _packed(batch)}
             self._began = time.perf_counter()  # MFU is that of the update alone
-            yield now, after
+            yield now, after, False
 
     def _resumed_rollout(self) -> tuple[RolloutBatch | None, int]:
         state = self.state.data

@@ -23,6 +23,7 @@ from heddle.options import TrainingOptions
 from .cache import DTYPES, cache_dtype
 from .decoding import _at_once
 from .generation import LEAST_ROOM, PREFILL
+from .grpo_rollouts import ROLLOUT_BLOCK
 from .logits import MAX_BYTES
 from .model import Transformer
 from .model_config import ModelConfig
@@ -58,6 +59,8 @@ class Run:
         dtype: of the computation.
         param_dtype: of the weights; None: float32 in training, ``dtype`` in generation.
         cache_dtype: of keys and values; None: ``dtype``.
+        copies: of the trained parameters that are kept besides: their average, a reference.
+        group: completions of a prompt, where the batch is sampled by the model itself; 0: it isn't.
 
     Raises:
         ValueError: a value out of range, or that the task has no use for; sizes that the devices can't share equally.
@@ -74,6 +77,8 @@ class Run:
     dtype: str = "float32"
     param_dtype: str | None = None
     cache_dtype: str | None = None
+    copies: int = 0
+    group: int = 0
 
     def __post_init__(self):
         options = {
@@ -166,7 +171,8 @@ def _training(run: Run) -> Plan:
         "layer at work": once + max(sizes.feed_forward_backward(), sizes.attention_backward()),
         "logits": 3 * hidden + sizes.loss(),
         "gathered weights": _gathered(run),
-        "KV cache": 0,
+        "KV cache": _pool(run) if run.group else 0,
+        "copies of parameters": run.copies * weights + (_whole(run) if run.group else 0),
         "batch": 4 * 4 * sizes.tokens * run.accumulation,
     })  # fmt: skip
 
@@ -268,6 +274,23 @@ class _Sizes:
         scores = self.heads * block_q * block_k
         together = self.rows * scores <= STEP and (block_q >= seq or self.rows == 1)
         return 4 * scores * (self.rows if together else 1)
+
+
+def _pool(run: Run) -> int:
+    """Of the engine that samples a rollout, on a device: room for the completions that a copy of the model makes."""
+    config, tensor = run.config, run.mesh.get("tensor", 1)
+    rows = max(-(-run.batch * tensor // run.devices), run.group)
+    tokens = rows * -(-run.seq // ROLLOUT_BLOCK) * ROLLOUT_BLOCK * config.parscale_n
+    each = 2 * config.num_hidden_layers * config.kv_heads * config.dim // tensor
+    return tokens * each * jnp.dtype(run.dtype).itemsize
+
+
+def _whole(run: Run) -> int:
+    """Of the parameters that a copy of the model samples with, where a device else holds a part of them."""
+    if run.mesh.get("fsdp", 1) == 1:
+        return 0
+    alone = AbstractMesh(tuple(run.mesh.get(axis, 1) if axis == "tensor" else 1 for axis in MESH_AXES), MESH_AXES)
+    return _bytes(nnx.state(_model(run), nnx.Param), alone)
 
 
 def _gathered(run: Run) -> int:

@@ -16,7 +16,16 @@ from heddle.data.locate import locate, read_json
 from heddle.data.tokenizers import Tokenizer
 from heddle.metrics import NO_TRACKER, ProgressBar, Record, check_tracker, tracking
 from heddle.rewards import RewardPool
-from heddle.run import check_folder, check_replicas, check_vocabulary, place, task_data, training_data, write_config
+from heddle.run import (
+    check_folder,
+    check_replicas,
+    check_vocabulary,
+    place,
+    resumes,
+    task_data,
+    training_data,
+    write_config,
+)
 
 from .checkpoint import load
 from .grpo_rollouts import Rollouts
@@ -35,14 +44,15 @@ from .train import Trainer
 TRAINABLE: dict[str, Any] = {"full": nnx.Param, "lora": nnx.LoRAParam, "new": nnx.All(nnx.Param, is_new)}
 
 
-def run(config: Config, report: Callable[[Record], None] = lambda record: None) -> Trainer:
+def run(config: Config, report: Callable[[Record], object] = lambda record: None) -> Trainer:
     """Language modelling of a corpus, fine-tuning on examples or learning from rewards, from the start or from where
     this run stands.
 
     Of several processes, where the environment says so (:func:`heddle.jax.parallel.initialize`), the first writes.
     ``config.output`` gets the resolved ``config.yaml``, what :class:`Trainer` writes, and once all steps are done
     ``model/``, a Hugging Face folder; of adapters merged into it, and ``adapter/``, PEFT's folder, beside. With an
-    average of the weights ``model-average/`` holds that.
+    average of the weights ``model-average/`` holds that, and with ``training.keep_best`` ``model-best/`` the checkpoint
+    of the lowest held-out loss, or the highest reward.
 
     Args:
         config: the run.
@@ -63,13 +73,8 @@ def run(config: Config, report: Callable[[Record], None] = lambda record: None) 
     if not jax.process_index():
         write_config(config)
     reports_to = NO_TRACKER if jax.process_index() else config.training.report_to
-    with tracking(reports_to, config.output, config.flat()) as track:
-
-        def both(record: Record) -> None:
-            report(record)
-            track(record)
-
-        trainer.fit(both)
+    with tracking(reports_to, config.output, config.flat(), resumes(config.output)) as track:
+        trainer.fit(lambda record: (report(record), track(record)))
     if trainer.stopped_by is None:
         _save(trainer, config, tokenizer)
     return trainer
@@ -116,7 +121,7 @@ def _prepare_grpo(config: Config) -> tuple[GRPOTrainer, Tokenizer]:
     )
     rollouts = Rollouts(
         problems, encode, rewards, tokenizer, options, rows=training.batch_size, row_len=config.data.seq_len,
-        seed=training.seed,
+        seed=training.seed, max_unrewarded=training.max_nonfinite,
     )  # fmt: skip
     model = _to_train(config, tokenizer)
     trainer = GRPOTrainer(
@@ -135,8 +140,12 @@ def _to_train(config: Config, tokenizer: Tokenizer) -> LanguageModel:
 
 
 def _save(trainer: Trainer, config: Config, tokenizer: Tokenizer) -> None:
-    averages = {"": trainer.model} | ({} if config.training.ema_decay is None else {"-average": trainer.averaged()})
-    for suffix, model in averages.items():
+    models = {"": trainer.model}
+    if config.training.ema_decay is not None:
+        models["-average"] = trainer.averaged()
+    if config.training.keep_best:
+        models["-best"] = trainer.best()[0]
+    for suffix, model in models.items():
         if config.training.trainable == "lora":
             save_adapter(model, trainer.output / f"adapter{suffix}", config.training.base_model)
             merge_adapters(model)

@@ -51,11 +51,13 @@ def sft(*, neftune_alpha: float = 0.0, label_smoothing: float = 0.0) -> Objectiv
 def neftune_noise(rng: Array, batch: Batch, width: int, alpha: float) -> Float[Array, "rows row_len width"]:
     """Noise for the embeddings, uniform in ``±α / sqrt(L d)`` (NEFTune, arXiv 2310.05914, algorithm 1).
 
-    L is the length of the token's own example, so that packing doesn't change the noise's size; d is ``width``.
+    L is the length of the token's own example, so that packing doesn't change the noise's size; d is ``width``. ``rng``
+    holds a key for each row.
     """
     row_len = batch.tokens.shape[1]
     padding = batch.segment_ids == PADDING_SEGMENT_ID
     ids = jnp.where(padding, row_len, batch.segment_ids)
     lengths = jax.vmap(lambda row: jnp.bincount(row, length=row_len + 1)[row])(ids)
     scale = jnp.where(padding, 0.0, alpha / jnp.sqrt(lengths * width))
-    return scale[..., None] * jax.random.uniform(rng, (*ids.shape, width), minval=-1.0, maxval=1.0)
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (row_len, width), minval=-1.0, maxval=1.0))(rng)
+    return scale[..., None] * noise

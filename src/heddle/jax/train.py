@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from jaxtyping import Int, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from heddle.attention.arrays import Array
-from heddle.data.packing import Batch, ahead
+from heddle.data.packing import prepared
 from heddle.metrics import MetricsFile, Record
 from heddle.options import TrainingOptions
 from heddle.run import Stop, due, stop_on_signals
@@ -33,7 +33,7 @@ from .parallel import Layout, shardings, to_mesh
 
 #: ``objective(model, batch, rng)`` returns the sum of the batch's losses (float32), the number of tokens it is over,
 #: and further sums to log, divided by the same number. A batch's loss is the one sum over the other, whatever parts it
-#: is computed in, so each token weighs the same.
+#: is computed in, so each token weighs the same. ``rng`` holds a key for each row, the same in whatever part it comes.
 Objective = Callable[[Any, Any, Array], tuple[Array, Array, dict[str, Array]]]
 
 Variables = Any  #: an nnx.State
@@ -158,7 +158,7 @@ class Trainer:
     def _placed(self, batch: Any, *axes: str | None) -> Any:
         return jax.tree.map(lambda field: to_mesh(np.asarray(field), self._mesh, *axes), batch)
 
-    def fit(self, report: Callable[[Record], None] = lambda record: None) -> TrainState:
+    def fit(self, report: Callable[[Record], object] = lambda record: None) -> TrainState:
         """Train up to ``options.max_steps``, from the latest checkpoint in the run's folder if there is one.
 
         SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); Ctrl-C then ends at once.
@@ -197,7 +197,7 @@ class Trainer:
         record = {}
         for whose, variables in measured.items():
             placed = (self._placed(batch, "batch", "seq") for batch in self._evaluation)
-            sums = [self._evaluate(variables, batch, key) for batch in placed]
+            sums = [self._evaluate(variables, batch, jax.random.split(key, len(batch.tokens))) for batch in placed]
             means = _means(jax.tree.map(lambda *parts: sum(parts), *sums))
             record |= {f"eval_{whose}{name}": value.item() for name, value in means.items()}
         record.pop("eval_average_tokens", None)
@@ -213,15 +213,29 @@ class Trainer:
             raise ValueError("training.ema_decay must be given for an average of the weights to be kept, got None")
         return nnx.merge(self._graph, jax.tree.map(lambda x: x, self._averaged()))  # its own variables
 
+    def best(self) -> tuple[Any, int]:
+        """The model of the checkpoint that did best on held-out data, and its step.
+
+        Raises:
+            ValueError: no ``options.keep_best``, so that none is kept; no such checkpoint yet.
+        """
+        if not self.options.keep_best:
+            raise ValueError("training.keep_best must be true for the best checkpoint to be kept, got False")
+        with closing(self._checkpoints()) as checkpoints:
+            step = checkpoints.best_step()
+            if step is None:
+                raise ValueError(f"{self.output} must hold a checkpoint that was evaluated, got none")
+            return nnx.merge(self._graph, self._read(checkpoints, step).model), step
+
     def _averaged(self) -> Variables:
         others = nnx.split_state(self.state.model, self._trainable, ...)[1]
         return nnx.merge_state(self.state.average or {}, others)
 
-    def _batches(self) -> Generator[tuple[Any, Any]]:
-        """What to train on from here on, and after each batch where the data stand."""
-        return ahead(lambda: _with_state(self._data), depth=2)
+    def _batches(self) -> Generator[tuple[Any, Any, bool]]:
+        """What to train on from here on; with each batch where the data stand after it, and whether it is the last."""
+        return prepared(self._data)
 
-    def _run(self, checkpoints, metrics: MetricsFile | None, report: Callable[[Record], None], stop: Stop) -> None:
+    def _run(self, checkpoints, metrics: MetricsFile | None, report: Callable[[Record], object], stop: Stop) -> None:
         options, done, compiled = self.options, int(self.state.step), None
         self._data.restore(self.state.data)
 
@@ -238,16 +252,20 @@ class Trainer:
         if options.eval_first and not done and len(self._evaluation):
             write({"step": 0, **self.evaluate()})
         with closing(self._batches()) as batches:
-            since, running = 0.0, None  # the step that the device works at while the host prepares the next
-            for step, (batch, after) in zip(range(done + 1, options.max_steps + 1), batches, strict=False):
+            since = time.perf_counter()
+            running = None  # the step that the device works at while the host prepares the next
+            for step, (batch, after, last) in zip(range(done + 1, options.max_steps + 1), batches, strict=False):
                 parts = jax.tree.map(lambda x: x.reshape(options.accumulation, -1, *x.shape[1:]), batch)
                 parts = self._placed(parts, None, "batch", "seq")
                 arrays = replace(self.state, data=None)
                 if compiled is None:  # ahead of time, so that the first step's tokens/s is true too
+                    made = time.perf_counter()
                     compiled = self._compile(arrays, parts)
                     if self._flops is not None:
                         self._peak = peak_flops(self.model.dtype, self._mesh)
-                    since = time.perf_counter()
+                    now = time.perf_counter()
+                    # What isn't made ahead counts: a rollout is a part of its step.
+                    since, self._began = now if self.prepares_ahead else since + now - made, now
                 arrays, measured = compiled(arrays, parts)
                 self.state = replace(arrays, data=after)
                 if running is not None:
@@ -256,7 +274,7 @@ class Trainer:
                 if not self.prepares_ahead:
                     since, running = self._finish(*running, since, write), None
 
-                stopped, ended = _agreed(stop.signal), step == options.max_steps
+                stopped, ended = _agreed(stop.signal), last or step == options.max_steps
                 evaluates = len(self._evaluation) and due(step, options.eval_every, ended)
                 saves = ended or stopped is not None or due(step, options.checkpoint_every)
                 if evaluates or saves:
@@ -272,9 +290,6 @@ class Trainer:
                 if stopped is not None:
                     self.stopped_by = None if ended else stopped
                     return
-            if running is not None:  # the data ended before options.max_steps
-                self._finish(*running, since, write)
-                save({})
 
     def _finish(self, step: int, batch: Any, measured: dict[str, Array], since: float, write) -> float:
         """Wait until the device has done ``step``, and record it; returns when that was."""
@@ -289,7 +304,7 @@ class Trainer:
         if nonfinite >= self.options.max_nonfinite:
             path = self.output / f"nonfinite-{step}.npz"
             if not jax.process_index():
-                np.savez(path, **batch._asdict())
+                np.savez(path, **{k: v for k, v in batch._asdict().items() if v is not None})
             raise FloatingPointError(
                 f"{nonfinite} steps in a row had no finite loss and gradient, the last one step {step}; "
                 f"its batch is in {path}"
@@ -331,8 +346,8 @@ class Trainer:
         def accumulate(sums, inputs):
             return jax.tree.map(jnp.add, sums, part(inputs)), None
 
-        count = len(jax.tree.leaves(parts)[0])
-        inputs = (parts, jax.random.split(key, count))
+        count, rows = jax.tree.leaves(parts)[0].shape[:2]
+        inputs = (parts, jax.random.split(key, (count, rows)))
         first = jax.tree.map(lambda x: x[0], inputs)
         if count == 1:
             sums, gradient = part(first)
@@ -383,8 +398,10 @@ class Trainer:
 
     def _restore(self, checkpoints: ocp.CheckpointManager) -> None:
         step = checkpoints.latest_step()
-        if step is None:
-            return
+        if step is not None:
+            self.state = self._read(checkpoints, step)
+
+    def _read(self, checkpoints: ocp.CheckpointManager, step: int) -> TrainState:
         arrays = self._learned()
         here = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _named(arrays).items()}
         saved = checkpoints.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore()))["data"]
@@ -398,7 +415,7 @@ class Trainer:
         restored = checkpoints.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(here)))["state"]
         state = jax.tree.unflatten(jax.tree.structure(arrays), [restored[name] for name in here])
         others = nnx.split_state(self.state.model, self._trainable, ...)[1]
-        self.state = replace(state, model=nnx.merge_state(state.model, others), data=saved["data"])
+        return replace(state, model=nnx.merge_state(state.model, others), data=saved["data"])
 
     def _learned(self) -> TrainState:
         """What a checkpoint holds: of the model what is trained, since the rest stays as it began."""
@@ -437,8 +454,3 @@ def _named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their path, so that a checkpoint depends on names alone, not on classes."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def _with_state(data: Any) -> Iterator[tuple[Batch, Any]]:
-    for batch in data:
-        yield batch, data.state()

@@ -123,11 +123,17 @@ def dry_run(config: Config) -> None:
     sizes = dataclasses.asdict(config.mesh)
     if -1 in sizes.values():
         raise ValueError("mesh must say how many devices lie along each axis for a dry run, got -1")
+    besides = {}
+    if config.framework == "jax":
+        grpo = config.grpo if training.objective == "grpo" else None
+        copies = (training.ema_decay is not None) + (grpo is not None and grpo.beta > 0)
+        besides = {"copies": copies, "group": 0 if grpo is None else grpo.num_generations}
     found = planner.plan(
         planner.Run(
             model_config(config, tokenizer), batch=training.batch_size, seq=config.data.seq_len,
             mesh={axis: size for axis, size in sizes.items() if size > 1}, optimizer=training.optimizer,
-            accumulation=training.accumulation, remat=training.remat != "none", dtype=training.compute_dtype,
+            accumulation=training.accumulation, remat=training.remat == "layer", dtype=training.compute_dtype,
+            **besides,
         )
     )  # fmt: skip
     tokens = training.batch_size * config.data.seq_len
@@ -137,6 +143,8 @@ def dry_run(config: Config) -> None:
           f"after {training.warmup_steps:,} steps of warm-up")  # fmt: skip
     if training.trainable != "full":
         print("the plan counts all parameters as trained, which takes more than this run")
+    if training.remat == "dots":
+        print("the plan counts nothing as computed again, which takes more than training.remat=dots")
     _print(found, training.base_model or "a new model", None, None)
 
 

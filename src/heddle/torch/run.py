@@ -15,8 +15,8 @@ from heddle.config import Config
 from heddle.data.gguf import GGUF
 from heddle.data.locate import locate
 from heddle.data.tokenizers import Tokenizer
-from heddle.metrics import ProgressBar, Record
-from heddle.run import check_folder, check_replicas, check_vocabulary, place, training_data, write_config
+from heddle.metrics import NO_TRACKER, ProgressBar, Record, check_tracker, tracking
+from heddle.run import check_folder, check_replicas, check_vocabulary, place, resumes, training_data, write_config
 
 from . import longnet  # noqa: F401  # its models are then Auto classes' too
 from .memory import read_config
@@ -27,7 +27,7 @@ from .train import Trainer, processes
 ATTENTION = "heddle"  #: whose masks know packed documents
 
 
-def run(config: Config, report: Callable[[Record], None] = lambda record: None) -> Trainer:
+def run(config: Config, report: Callable[[Record], object] = lambda record: None) -> Trainer:
     """Language modelling of a corpus, from the start or from where this run stands; on as many processes as there are.
 
     ``config.output`` gets the resolved ``config.yaml``, what :class:`Trainer` writes, and once all steps are done
@@ -42,18 +42,21 @@ def run(config: Config, report: Callable[[Record], None] = lambda record: None) 
 
     Raises:
         ValueError: a corpus, tokenizer or model that can't be read; nothing to evaluate on; a folder that holds
-            another run; processes that can't share a batch. All before the first step.
+            another run; processes that can't share a batch; a tracker that isn't installed. All before the first step.
         FloatingPointError: see :meth:`Trainer.fit`.
     """
     state = processes()
+    check_tracker(config.training.report_to)
     check_folder(config)
     tokenizer, packer, evaluation = training_data(config)
     model = make_model(config, tokenizer)
-    trainer = Trainer(model, packer, config.training, config.output, evaluation, config.flat())
+    trainer = Trainer(model, packer, config.training, config.output, evaluation)
     if state.is_main_process:
         write_config(config)
     state.wait_for_everyone()
-    trainer.fit(report)
+    reports_to = config.training.report_to if trainer.is_main else NO_TRACKER
+    with tracking(reports_to, config.output, config.flat(), resumes(config.output)) as track:
+        trainer.fit(lambda record: (report(record), track(record)))
     if trainer.stopped_by is None:
         folder = trainer.output / "model"
         trainer.save_pretrained(folder)

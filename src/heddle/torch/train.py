@@ -1,6 +1,6 @@
 """Training in PyTorch: a Hugging Face model on packed batches, on one process or sharded over many, with exact resume.
 
-accelerate gives processes, devices, precision and trackers. The sharding is torch's own ``fully_shard`` (FSDP2), so
+accelerate gives processes, devices and precision. The sharding is torch's own ``fully_shard`` (FSDP2), so
 that CPUs have it too, and a checkpoint is a set of named tensors that any number of processes can go on from.
 """
 
@@ -29,8 +29,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from heddle import slurm
-from heddle.data.packing import NO_TARGET, Batch, Packer, ahead
-from heddle.metrics import MetricsFile, Record, check_tracker
+from heddle.data.packing import NO_TARGET, Batch, Packer, prepared
+from heddle.metrics import MetricsFile, Record
 from heddle.options import TrainingOptions
 from heddle.run import Stop, due, stop_on_signals
 
@@ -157,10 +157,9 @@ class Trainer:
         options: how to train.
         output: the run's folder.
         evaluation: batches to evaluate on every ``options.eval_every`` steps.
-        description: the run's options by name, for the tracker that ``options.report_to`` names.
 
     Raises:
-        ValueError: batches that the parts and processes can't share evenly; a tracker that isn't installed.
+        ValueError: batches that the parts and processes can't share evenly.
     """
 
     def __init__(
@@ -170,7 +169,6 @@ class Trainer:
         options: TrainingOptions,
         output: str | Path,
         evaluation: Sequence[Batch] = (),
-        description: dict[str, Any] | None = None,
     ):
         if data.rows != options.batch_size:
             raise ValueError(f"data must come in batches of {options.batch_size} rows, got {data.rows}")
@@ -179,19 +177,14 @@ class Trainer:
         self.stopped_by: Signals | None = None  #: the signal that ended the last fit early
         self._data, self._evaluation, self._place = data, evaluation, data.state()
         bfloat16 = options.compute_dtype == "bfloat16"
-        trackers = None if options.report_to == "none" else options.report_to
-        check_tracker(options.report_to)
         processes()  # before the Accelerator, which would take CPUs for one process each
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if bfloat16 else "no", log_with=trackers, project_dir=output
-        )
+        self.accelerator = Accelerator(mixed_precision="bf16" if bfloat16 else "no")
         self._processes = self.accelerator.num_processes
         if options.batch_size % (options.accumulation * self._processes):
             raise ValueError(
                 f"training.batch_size must be a multiple of training.accumulation times the processes, "
                 f"got {options.batch_size}, {options.accumulation} and {self._processes}"
             )
-        self._description = description or {}
         if options.remat != "none":
             recompute(model)
         self._flops = training_flops(model)
@@ -206,7 +199,7 @@ class Trainer:
         """Whether this process is the one that writes."""
         return self.accelerator.is_main_process
 
-    def fit(self, report: Callable[[Record], None] = lambda record: None) -> Any:
+    def fit(self, report: Callable[[Record], object] = lambda record: None) -> Any:
         """Train up to ``options.max_steps``, from the latest checkpoint in the run's folder if there is one.
 
         SIGTERM and Ctrl-C end the step, save, and return (``stopped_by`` then says which); Ctrl-C then ends at once.
@@ -227,15 +220,11 @@ class Trainer:
         if self.step < self.options.max_steps:
             self.output.mkdir(parents=True, exist_ok=True)
             metrics = MetricsFile(self.output / "metrics.jsonl", self.step) if self.is_main else None
-            if self.options.report_to != "none":
-                values = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in self._description.items()}
-                self.accelerator.init_trackers("heddle", config=values)
 
             def write(record: Record) -> None:
                 if metrics is not None:
                     metrics.write(record)
                     report(record)
-                    self.accelerator.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
             try:
                 with stop_on_signals() as stop:
@@ -243,8 +232,6 @@ class Trainer:
             finally:
                 if metrics is not None:
                     metrics.close()
-                for tracker in self.accelerator.trackers:
-                    tracker.finish()
         return self.model
 
     def evaluate(self) -> Record:
@@ -281,9 +268,9 @@ class Trainer:
         if options.eval_first and not self.step and len(self._evaluation):
             write({"step": 0, **self.evaluate()})
         self.model.train()
-        with closing(ahead(lambda: _with_state(self._data), depth=2)) as batches:
+        with closing(prepared(self._data)) as batches:
             since = time.perf_counter()
-            for step, (batch, after) in zip(range(self.step + 1, options.max_steps + 1), batches, strict=False):
+            for step, (batch, after, last) in zip(range(self.step + 1, options.max_steps + 1), batches, strict=False):
                 record, stopped = self._train(batch, stop)
                 self.step, self._place = step, after
                 seconds, since = time.perf_counter() - since, time.perf_counter()
@@ -294,7 +281,7 @@ class Trainer:
                 write({"step": step, **record, **rates})
                 if self.nonfinite >= options.max_nonfinite:
                     raise self._give_up(batch)
-                ended = step == options.max_steps
+                ended = last or step == options.max_steps
                 if evaluates := len(self._evaluation) and due(step, options.eval_every, ended):
                     write({"step": step, **self.evaluate()})
                 if saves := ended or stopped is not None or due(step, options.checkpoint_every):
@@ -304,8 +291,6 @@ class Trainer:
                 if stopped is not None:
                     self.stopped_by = None if ended else stopped
                     return
-            if self.step < options.max_steps:  # the data ended before
-                self._save(metrics)
 
     def _train(self, batch: Batch, stop: Stop) -> tuple[Record, Signals | None]:
         """One step over a batch; what was measured, and the signal that has come to any process."""
@@ -426,8 +411,3 @@ def _alone() -> Iterator[None]:
 
 def _targets(batch: Batch) -> int:
     return int((batch.targets != NO_TARGET).sum())
-
-
-def _with_state(data: Packer) -> Iterator[tuple[Batch, Any]]:
-    for batch in data:
-        yield batch, data.state()
