@@ -11,7 +11,7 @@ import tiny_gguf
 import tokenizers
 import transformers
 from tiny_models import hugging_face
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from heddle.data.gguf import GGUF
 from heddle.data.tokenizers import Decoder, Tokenizer, load_tokenizer
@@ -141,9 +141,25 @@ def test_templates_that_fail_or_reach_too_far_are_refused(template, message):
 # ---------------------------------------------------------------------- one id at a time
 
 
-@pytest.mark.parametrize("kind", ["embedded", "bytes"])
+def sentencepiece() -> Tokenizer:
+    """As Llama 2's and Mistral's: a few words, and tokens of single bytes for all else."""
+    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}
+    for token in ("▁", "t", "h", "e", "▁t", "he", "▁the"):
+        vocabulary[token] = len(vocabulary)
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("kind", ["embedded", "bytes", "sentencepiece"])
 def test_pieces_add_up_to_the_text_and_split_no_character(kind, embedded):
-    tokenizer = embedded if kind == "embedded" else Tokenizer.bytes()
+    tokenizer = {"embedded": lambda: embedded, "bytes": Tokenizer.bytes, "sentencepiece": sentencepiece}[kind]()
     for text in TEXTS + noise(20):
         decoder = tokenizer.decoder(skip_special=False)
         ids = tokenizer.encode(text)
@@ -160,13 +176,34 @@ def test_broken_bytes_come_out_as_soon_as_they_are_certain():
     decoder = tokenizer.decoder()
     assert [decoder.add(byte) for byte in party] == ["", "", "", "🎉"]
     assert [decoder.add(byte) for byte in (party[0], party[1], ord("x"))] == ["", "", "\ufffdx"]
-    assert decoder.add(0xFF) == ""
-    assert decoder.add(0xFF) == "\ufffd"
-    assert decoder.rest() == "\ufffd"
+    assert [decoder.add(0xFF) for _ in range(5)] == ["", "", "", "\ufffd", "\ufffd"]
+    assert decoder.rest() == "\ufffd" * 3
     assert decoder.add(ord("y")) == "y"
     rng = np.random.default_rng(0)
     for _ in range(200):
         ids = rng.integers(0, 256, 30).tolist()
+        decoder = tokenizer.decoder()
+        assert "".join(map(decoder.add, ids)) + decoder.rest() == tokenizer.decode(ids)
+
+
+def test_characters_in_tokens_of_bytes_come_whole_and_broken_ones_in_the_end():
+    tokenizer = sentencepiece()
+
+    def pieces(*values: int | str) -> list[str]:
+        decoder = tokenizer.decoder()
+        ids = [1 + v if isinstance(v, int) else tokenizer.backend.token_to_id(v) for v in values]
+        return [*(decoder.add(i) for i in ids), decoder.rest()]
+
+    party, dots = "🎉".encode(), "…".encode()
+    assert pieces("▁the", *party, *dots, *party, "he") == [
+        "the", "", "", "", "🎉", "", "", "…", "", "", "", "🎉", "he", "",
+    ]  # fmt: skip
+    assert pieces("▁the", *party[:3]) == ["the", "", "", "", "\ufffd" * 3]
+    assert pieces(*[0xFF] * 5, "he") == ["", "", "", "\ufffd", "\ufffd", "\ufffd\ufffd\ufffdhe", ""]
+    assert pieces(*dots, party[0], "he", *dots) == ["", "", "…", "", "\ufffdhe", "", "", "…", ""]
+    rng = np.random.default_rng(0)
+    for _ in range(200):  # bytes that never become a character, among words
+        ids = rng.choice([1 + 0xE2, 1 + 0xFF, 258, 262], 30).tolist()
         decoder = tokenizer.decoder()
         assert "".join(map(decoder.add, ids)) + decoder.rest() == tokenizer.decode(ids)
 
@@ -269,6 +306,15 @@ def test_special_tokens_templates_and_ends_of_a_folder(tmp_path):
     assert tokenizer.chat([]) == "plain"
     (tmp_path / "chat_template.jinja").write_text("a file goes before")
     assert Tokenizer.from_folder(tmp_path).chat([]) == "a file goes before"
+
+
+def test_how_texts_were_once_cut_and_filled_is_forgotten(tmp_path):
+    plain = Tokenizer.bytes()
+    plain.backend.enable_truncation(4)
+    plain.backend.enable_padding(length=8, pad_id=256)
+    plain.backend.save(str(tmp_path / "tokenizer.json"))
+    assert Tokenizer.from_folder(tmp_path).encode("a long text") == list(b"a long text")
+    assert Tokenizer.from_folder(tmp_path).encode("ab") == list(b"ab")
 
 
 def test_broken_sources_are_one_clear_line(tmp_path, embedded):

@@ -97,6 +97,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{file}: not a tokenizer: {error}") from None
+        # What somebody once cut and filled batches with is saved too, and would apply to every text.
+        backend.no_truncation()
+        backend.no_padding()
         settings = optional("tokenizer_config.json")
         named = optional("special_tokens_map.json") | settings
         special = {}
@@ -125,7 +128,7 @@ class Tokenizer:
         if metadata.get("model") != "gpt2":
             raise ValueError(
                 f"{file.path}: the tokenizer must be byte-level BPE ('gpt2'), got {metadata.get('model')!r}; "
-                "name a folder with a tokenizer.json"
+                "name a folder with a tokenizer.json as the tokenizer (--tokenizer)"
             )
         kind = metadata.get("pre", "default")
         if kind not in _PRE_TOKENIZERS:
@@ -310,7 +313,8 @@ def load_tokenizer(name: str | Path | None = None) -> Tokenizer:
 class Decoder:
     """Ids to text one by one: what :meth:`add` and :meth:`rest` return adds up to the text of all the ids.
 
-    A character's bytes may be spread over tokens: it is held back until it is whole.
+    A character's bytes may be spread over tokens: it is held back until it is whole. (Where a SentencePiece vocabulary
+    has broken bytes right after a whole character's, the text of all the ids has U+FFFD for that character too.)
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
@@ -323,11 +327,13 @@ class Decoder:
         """The text that this id completes, perhaps none."""
         self._window.append(token)
         text = self._text()
-        if not text.endswith("\ufffd"):
+        broken = len(text) - len(text.rstrip("\ufffd"))
+        if not broken:
             piece = text[self._out :]
             self._context, self._window, self._out = self._window, [], 0
             return piece
-        piece = text[self._out : -1]  # before the last, which may become a character yet
+        # Of the last, up to three may become one character yet: SentencePiece's vocabularies write one for each byte.
+        piece = text[self._out : len(text) - min(broken, 3)]
         self._out += len(piece)
         return piece
 
@@ -339,7 +345,9 @@ class Decoder:
 
     def _text(self) -> str:
         before = self._decode(self._context) if self._context else ""
-        return self._decode(self._context + self._window)[len(before) :]
+        text = self._decode(self._context + self._window)
+        # SentencePiece's take all bytes in a row for broken while the last character is: those before it are out.
+        return text[len(before) :] if text.startswith(before) else self._decode(self._window)
 
 
 # ---------------------------------------------------------------------- pieces
