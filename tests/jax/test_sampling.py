@@ -115,6 +115,25 @@ def test_a_mixed_batch_chooses_as_each_sampler_alone(rows):
     assert choose._cache_size() <= 1 + len(set(rows))
 
 
+def test_at_the_limits_of_a_request_a_mixed_batch_is_what_each_sampler_is_alone():
+    """Numbers that float32 rounds to 0, or an int32 doesn't hold: the likeliest token, or any."""
+    rng = np.random.default_rng(2)
+    logits = jnp.asarray(40 * rng.standard_normal((1, 300)).astype(np.float32))
+    own, likeliest = keys(1), int(jnp.argmax(logits))
+    choose = jax.jit(lambda chosen, *rest: chosen(*rest))
+    said = jnp.zeros((1, 300), jnp.int32)
+    cold = [sampler(t) for t in (5e-324, 1e-50, 1e-38, 1e-20)]
+    alone = [sampler(1.0, top_p=p) for p in (5e-324, 1e-50, 1e-38)] + [sampler(1e-50, 2**31 - 1, 1e-50, 1.0, 1.0)]
+    free = [sampler(2.0, top_k=k) for k in (2**24 + 1, 2**31 - 1)] + [sampler(2.0, min_p=1e-50)]
+    penalised = [sampler(1e-38, repetition_penalty=1e-6), sampler(1e-50, repetition_penalty=100.0)]
+    for chosen in (*cold, *alone, *penalised):
+        assert choose(Mixed.of([chosen]), logits, own, said)[0] == choose(chosen, logits, own, said)[0] == likeliest
+        assert chosen(logits, own, said)[0] == likeliest
+    for chosen in free:
+        expected = choose(sampler(2.0), logits, own, said)[0]
+        assert choose(Mixed.of([chosen]), logits, own, said)[0] == choose(chosen, logits, own, said)[0] == expected
+
+
 def test_a_mixed_batch_refuses_what_it_cannot_mix():
     for transforms in ((TopP(0.5), TopK(3)), (TopK(3), TopK(4)), (lambda logits, history: logits,)):
         with pytest.raises(ValueError, match="sampler must be a usual chain"):
@@ -179,6 +198,14 @@ def test_another_number_compiles_nothing_anew():
     assert compiled._cache_size() == 1
 
 
+@pytest.mark.parametrize("kind", [Temperature, TopK, TopP, MinP, RepetitionPenalty, PresencePenalty, FrequencyPenalty])
+def test_numpys_numbers_are_checked_too(kind):
+    assert kind(np.float32(1.0)) == kind(1)
+    for wrong in (np.float32("nan"), np.float16("inf"), np.bool_(True)):
+        with pytest.raises(ValueError, match=f"must be .*, got {wrong}"):
+            kind(wrong)
+
+
 def test_the_usual_chain():
     assert sampler() == Greedy()
     assert sampler(0.0, top_k=5, repetition_penalty=1.1) == Greedy((RepetitionPenalty(1.1),))
@@ -196,7 +223,9 @@ def test_the_usual_chain():
         ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0"),
         ({"top_p": 1.1}, "top_p must be"),
         ({"top_p": float("nan")}, "top_p must be .*, got nan"),
-        ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
+        ({"top_k": 0}, r"top_k must be an integer of at least 1, below 2\*\*31, got 0"),
+        ({"top_k": 2**31}, "top_k must be"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty must be a positive number, at least 1e-6, got 1e-50"),
         ({"min_p": -0.1}, "min_p must be"),
         ({"temperature": -1.0}, "temperature must be a number of at least 0, got -1.0"),
         ({"temperature": float("nan")}, "temperature must be"),

@@ -22,6 +22,9 @@ from jaxtyping import Float, Int, PRNGKeyArray
 from heddle.attention.arrays import Array
 
 Number = Any  #: a number, or an array (batch,) with one for each sequence
+#: Nothing is colder: what the largest logits are divided by without passing float32's range, and takes part in no sum.
+COLDEST = 1e-25
+TINY = float(np.finfo(np.float32).tiny)
 
 
 @runtime_checkable
@@ -42,7 +45,7 @@ class Temperature:
         _check("temperature", self.value, "a positive number", lambda value: value > 0)
 
     def __call__(self, logits, history=None):
-        return logits / _column(self.value)
+        return logits / jnp.maximum(_column(self.value), COLDEST)
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +56,8 @@ class TopK:
     count: Number
 
     def __post_init__(self):
-        _check("top_k", self.count, "an integer of at least 1", lambda count: count >= 1 and count == int(count))
+        valid = lambda count: 1 <= count < 2**31 and count == int(count)  # noqa: E731
+        _check("top_k", self.count, "an integer of at least 1, below 2**31", valid)
 
     def __call__(self, logits, history=None):
         order = _ordered(logits)
@@ -74,7 +78,8 @@ class TopP:
 
     def __call__(self, logits, history=None):
         weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-        order, enough = _ordered(logits), jnp.asarray(self.mass, weights.dtype) * _total(weights)
+        # Of a mass that float32 can't tell from 0 the likeliest token is left, as of any other.
+        order, enough = _ordered(logits), jnp.maximum(jnp.asarray(self.mass, weights.dtype), TINY) * _total(weights)
         kept = (
             order >= _largest(lambda least: _total(jnp.where(order >= least[:, None], weights, 0)) >= enough)[:, None]
         )
@@ -105,7 +110,7 @@ class RepetitionPenalty:
     value: Number
 
     def __post_init__(self):
-        _check("repetition_penalty", self.value, "a positive number", lambda value: value > 0)
+        _check("repetition_penalty", self.value, "a positive number, at least 1e-6", lambda value: value >= 1e-6)
 
     def __call__(self, logits, history=None):
         if history is None:
@@ -239,6 +244,7 @@ class Mixed:
                 raise ValueError(f"sampler must be a usual chain, as heddle.jax.sampler makes it, got {chosen}")
             for transform in chosen.transforms:
                 (numbers[type(transform)][row],) = vars(transform).values()
+        numbers[TopK] = np.minimum(numbers[TopK], USUAL[TopK])  # which is all, and more float32 would round up
         random = np.array([isinstance(chosen, Random) for chosen in samplers])
         return cls(random, tuple(column.astype(np.float32) for column in numbers.values()))
 
@@ -318,9 +324,9 @@ def _apply(transforms: tuple[Transform, ...], logits: Array, history: Array | No
 
 def _check(name: str, value: Number, expected: str, valid: Callable[[Any], bool]) -> None:
     # Under a transformation JAX puts tracers and placeholders into the leaves; only a user's numbers are checked.
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float, np.generic)):
         return
-    if isinstance(value, bool) or not math.isfinite(value) or not valid(value):
+    if isinstance(value, (bool, np.bool_)) or not math.isfinite(value) or not valid(value):
         raise ValueError(f"{name} must be {expected}, got {value}")
 
 
