@@ -1,3 +1,5 @@
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,9 +137,9 @@ def test_both_spellings_of_a_config():
     [
         ({"rule": "ntk"}, "rope rule must be one of default, linear.*got 'ntk'"),
         ({"rule": "linear"}, "rope rule 'linear' needs factor"),
-        ({"rule": "linear", "factor": 0.0}, "factor must be positive, got 0.0"),
+        ({"rule": "linear", "factor": 0.0}, "factor must be a positive number, got 0.0"),
         ({"head_dim": 7}, "head_dim"),
-        ({"theta": -1.0}, "theta must be positive, got -1.0"),
+        ({"theta": -1.0}, "theta must be a positive number, got -1.0"),
         (
             {"rule": "longrope", "original_max_position": 8, "short_factor": (1.0,), "long_factor": (1.0,)},
             "short_factor must have rotary_dim / 2 = 4 numbers, got 1",
@@ -148,6 +150,67 @@ def test_both_spellings_of_a_config():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Rope(**{"head_dim": 8} | arguments)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor must be a positive number, got '4'"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, r"rope rule must be one of .*, got \['x'\]"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, got 'linear'"),
+        ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
+        ({"rope_theta": "x"}, "rope_theta must be a positive number, got 'x'"),
+        ({"rope_theta": True}, "rope_theta must be a positive number, got True"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+        ({"partial_rotary_factor": "1"}, "partial_rotary_factor must be a positive number, got '1'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 0}},
+            "original_max_position_embeddings must be a positive number, got 0",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "beta_fast": 0}}, "beta_fast must be a positive number, got 0"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor must be below high_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": "1"}}, "low_freq_factor must be a number, got '1'"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": 1.0, "long_factor": [1.0] * 4}},
+            "short_factor must have rotary_dim / 2 = 4 numbers, got 1.0",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 0.0, "x"]}},
+            "long_factor must be a positive number, got 0.0",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("unhooked")
+def test_a_broken_field_of_a_config_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Rope.from_config({"max_position_embeddings": 64} | changes, 8)
+
+
+def test_where_both_spellings_are_there_transformers_is_followed():
+    both = {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "max_position_embeddings": 64,
+    }
+    for config in (both, both | {"rope_theta": 700.0}):
+        theirs = LlamaConfig(head_dim=8, **copy.deepcopy(config)).rope_parameters
+        ours = Rope.from_config(config, 8)
+        assert (ours.rule, ours.factor, ours.theta) == ("linear", theirs["factor"], theirs["rope_theta"])
+        assert theirs["rope_type"] == "linear"
+
+
+def test_dynamic_is_exactly_the_default_up_to_the_maximum():
+    for factor in (1.7, 3.0, 8.0):
+        dynamic = Rope(8, 500.0, "dynamic", factor=factor, max_position=96)
+        for positions in (np.arange(96)[None], np.arange(96)[:, None]):
+            for xp in (np, jnp):
+                got, expected = (rope.tables(xp.asarray(positions)) for rope in (dynamic, Rope(8, 500.0)))
+                for a, b in zip(got, expected, strict=True):
+                    np.testing.assert_array_equal(a, b)
+    assert not dynamic.by_length
 
 
 def test_config_errors():

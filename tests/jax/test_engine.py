@@ -1,6 +1,7 @@
 """The engine: every answer as it is alone, whoever else is served; no block is ever lost."""
 
 import asyncio
+import dataclasses
 import functools
 import threading
 import time
@@ -16,6 +17,7 @@ from tiny_models import hugging_face, tokens
 
 from heddle.data.tokenizers import Tokenizer
 from heddle.jax import ModelConfig, Transformer, generate, paged
+from heddle.jax import engine as engine_module
 from heddle.jax import sampler as usual
 from heddle.jax.engine import Closed, Engine, QueueFull, Request
 from heddle.jax.sampling import Random, TopK, TopP
@@ -134,6 +136,19 @@ def test_every_family_and_window(name, tmp_path):
         assert row[len(prompt) :] == logits[len(prompt) - 1 :].argmax(axis=1).tolist()
 
 
+def test_dynamic_rope_is_the_default_within_the_context():
+    config = ModelConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=96, initializer_range=0.3,
+    )  # fmt: skip
+    rope = dataclasses.replace(config.rotary, rule="dynamic", factor=3.0, max_position=96)
+    dynamic = Transformer(dataclasses.replace(config, rope=rope), rngs=nnx.Rngs(0))
+    requests = [Request(prompt, 90, **FREE) for prompt in PROMPTS[:3]]
+    answers = small(dynamic).run(requests)
+    assert answers == [[alone(dynamic, request.prompt, max_tokens=90)] for request in requests]
+    assert answers == small(Transformer(config, rngs=nnx.Rngs(0))).run(requests)
+
+
 @pytest.mark.parametrize("mode", ["joint", "sublayer"])
 def test_replicas_have_pools_of_their_own(mode):
     config = ModelConfig(
@@ -169,7 +184,7 @@ def test_a_step_writes_into_the_pool_and_never_copies_it(model):
 # ---------------------------------------------------------------------- int8
 
 
-def test_int8_answers_are_those_of_an_int8_cache(model, monkeypatch):
+def test_int8_answers_are_those_of_an_int8_cache(model):
     """Of prompts that are shared and blocks that are copied too: their scales go with them."""
     engine = small(model, cache_dtype="int8")
     requests = [Request(prompt, 20, n=1 + index % 2, logprobs=2, **FREE) for index, prompt in enumerate(PROMPTS)]
@@ -181,10 +196,8 @@ def test_int8_answers_are_those_of_an_int8_cache(model, monkeypatch):
     assert engine._device.nbytes == 2 * tokens_of_one * heads * (dim + 4)
     assert exact._device.nbytes == 2 * tokens_of_one * heads * dim * 4
 
-    empty = Transformer.empty_cache
-    monkeypatch.setattr(Transformer, "empty_cache", lambda self, batch, room: empty(self, batch, room, "int8"))
     for request, found, later in zip(requests, answers, again, strict=True):
-        expected = alone(model, request.prompt, logprobs=2)
+        expected = alone(model, request.prompt, logprobs=2, cache_dtype="int8")
         for completion in (*found, *later):
             assert completion.tokens == expected.tokens
             for ours, theirs in zip(completion.logprobs, expected.logprobs, strict=True):
@@ -365,6 +378,27 @@ def test_a_step_that_fails_costs_its_requests_and_nothing_else(model, monkeypatc
     check_empty(engine)
 
 
+def test_where_no_new_cache_can_be_had_everybody_is_told_and_nothing_more_taken(model, monkeypatch, caplog):
+    class Broken:
+        def __init__(self, *arguments):
+            raise MemoryError("nor for another")
+
+    def fail(*arguments):
+        monkeypatch.setattr(engine_module, "Device", Broken)
+        raise MemoryError("no memory")
+
+    with small(model) as engine:
+        assert engine.alive
+        monkeypatch.setattr(paged.Device, "decode", fail)
+        handles = [engine.submit(Request(prompt, 20, **FREE)) for prompt in PROMPTS]
+        assert {answer.finish_reason for handle in handles for answer in handle.result()} == {"error"}
+        engine._thread.join(60)
+        assert (engine.alive, engine.closing) == (False, True)
+        with pytest.raises(Closed):
+            engine.submit(Request(PROMPTS[1], 20, **FREE))
+    assert "MemoryError: nor for another" in caplog.text
+
+
 def test_new_weights_forget_what_the_old_ones_computed(model, tmp_path):
     config = model.config
     other = Transformer(config, rngs=nnx.Rngs(3))
@@ -384,6 +418,7 @@ def test_after_warming_up_nothing_is_compiled_for_short_texts(model):
     compiled = paged._read._cache_size(), paged._decode._cache_size()
     answers = engine.run([Request(prompt, 20, **FREE) for prompt in PROMPTS])
     assert [answer for [answer] in answers] == [alone(model, prompt) for prompt in PROMPTS]
+    engine.run([Request(prompt, 20, usual(frequency_penalty=1.0), **FREE) for prompt in PROMPTS])
     assert (paged._read._cache_size(), paged._decode._cache_size()) == compiled
     with pytest.raises(ValueError, match="warm_up must come before the first request"):
         engine.warm_up()
@@ -474,8 +509,8 @@ def test_a_small_cache_bounds_a_text(model):
 
 
 def test_a_model_that_cannot_be_served_is_refused(model, tmp_path):
-    hugging_face("llama, dynamic").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="rope rule that doesn't depend on the text's length, got 'dynamic'"):
+    hugging_face("llama, longrope").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="rope rule that doesn't depend on the text's length, got 'longrope'"):
         Engine(Transformer.from_pretrained(tmp_path), BYTES)
     hugging_face("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer must have at most the model's vocab_size 199, got 257"):

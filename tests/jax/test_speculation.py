@@ -86,11 +86,21 @@ def test_a_step_that_guessed_right_gives_several_tokens(model):
     assert tuple(piece.token for piece in pieces) == want.tokens
 
 
+def test_dynamic_rope_is_the_default_within_the_context(model):
+    rope = replace(model.config.rotary, rule="dynamic", factor=2.0, max_position=96)
+    other = Transformer(replace(model.config, rope=rope), rngs=nnx.Rngs(0))
+    plain = Transformer(model.config, rngs=nnx.Rngs(0))
+    for speculate in (None, LOOKUP):
+        options = {"max_tokens": 90, "stop_ids": (), "speculate": speculate}
+        assert generate(other, BYTES, [PROMPTS[1]], **options) == generate(plain, BYTES, [PROMPTS[1]], **options)
+
+
 def test_refusals(model):
     for wrong, name in (({"num_tokens": 0}, "num_tokens"), ({"min_ngram": 5, "max_ngram": 4}, "min_ngram")):
         with pytest.raises(ValueError, match=f"{name} must be"):
             PromptLookup(**wrong)
-    rope = replace(model.config.rotary, rule="dynamic", factor=2.0, max_position=96)
+    factors = {"short_factor": (1.0,) * 4, "long_factor": (2.0,) * 4}
+    rope = replace(model.config.rotary, rule="longrope", original_max_position=24, max_position=96, **factors)
     for change, message in (
         ({"model_type": "mistral", "sliding_window": 5, "layer_types": None}, "the cache loses keys"),
         ({"rope": rope}, "text's length"),

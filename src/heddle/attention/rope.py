@@ -52,15 +52,19 @@ class Rope:
     long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        if self.rule not in _RULES:
+        if self.rule not in list(_RULES):  # a list tells unhashable things too
             raise ValueError(f"rope rule must be one of {', '.join(_RULES)}, got {self.rule!r}")
+        for name in _POSITIVE:
+            if (value := getattr(self, name)) is not None:
+                _check_number(name, value, positive=True)
+        for name in ("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim"):
+            if (value := getattr(self, name)) is not None:
+                _check_number(name, value)
         if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
             raise ValueError(
                 f"head_dim * partial_rotary_factor must be even and in [2, head_dim], got "
                 f"{self.head_dim} * {self.partial_rotary_factor}"
             )
-        if not self.theta > 0:
-            raise ValueError(f"theta must be positive, got {self.theta}")
         if self.rule == "dynamic" and self.rotary_dim < 4:
             raise ValueError(
                 f"head_dim must give at least 4 rotated dimensions for rope rule 'dynamic', got {self.head_dim}"
@@ -68,35 +72,52 @@ class Rope:
         for name in _NEEDS[self.rule]:
             if getattr(self, name) is None:
                 raise ValueError(f"rope rule {self.rule!r} needs {name}, which is missing")
-        if self.factor is not None and not self.factor > 0:
-            raise ValueError(f"factor must be positive, got {self.factor}")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if low is not None and high is not None and not low < high:
+            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {low} and {high}")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"truncate must be true or false, got {self.truncate!r}")
         for name in ("short_factor", "long_factor"):
             factors = getattr(self, name)
-            if factors is not None and len(factors) != self.rotary_dim // 2:
-                raise ValueError(
-                    f"{name} must have rotary_dim / 2 = {self.rotary_dim // 2} numbers, got {len(factors)}"
-                )
+            if factors is None:
+                continue
+            if not isinstance(factors, tuple) or len(factors) != self.rotary_dim // 2:
+                got = len(factors) if isinstance(factors, tuple) else repr(factors)
+                raise ValueError(f"{name} must have rotary_dim / 2 = {self.rotary_dim // 2} numbers, got {got}")
+            for factor in factors:
+                _check_number(name, factor, positive=True)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], head_dim: int) -> Rope:
-        """From a Hugging Face ``config.json``: ``rope_parameters``, or the older ``rope_theta`` with ``rope_scaling``.
+        """From a Hugging Face ``config.json``: ``rope_parameters``, or the older ``rope_theta`` with ``rope_scaling``,
+        which goes before where both are there, as in transformers.
 
         Raises:
-            ValueError: an unknown rule or field, or parameters that differ by layer type.
+            ValueError: an unknown rule or field, one that is no number, or parameters that differ by layer type.
         """
-        given: dict[str, Any] = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        given: Any = config.get(where) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where} must be an object, got {given!r}")
+        given = dict(given)
         if any(isinstance(value, Mapping) for value in given.values()):
-            raise ValueError(
-                f"rope_parameters must be one set for all layers, got a set for each of {', '.join(given)}"
-            )
+            raise ValueError(f"{where} must be one set for all layers, got a set for each of {', '.join(given)}")
         old_type = given.pop("type", None)
         rule = given.pop("rope_type", old_type) or "default"
-        theta = given.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-        partial = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
         max_position = config.get("max_position_embeddings")
+
+        def number(name: str, *otherwise: Any) -> Any:
+            found = next((value for value in otherwise if value is not None), None)
+            if found is not None:
+                _check_number(name, found, positive=True)
+            return found
+
+        theta = number("rope_theta", given.pop("rope_theta", None), config.get("rope_theta"), 10000.0)
+        name = "partial_rotary_factor"
+        partial = number(name, given.pop(name, None), config.get(name), 1.0)
         # A value outside the rope parameters has priority, as in Phi-3's configurations.
-        inner = given.pop("original_max_position_embeddings", None)
-        original = config.get("original_max_position_embeddings") or inner or max_position
+        name = "original_max_position_embeddings"
+        original = number(name, config.get(name), given.pop(name, None), max_position)
         known = {field.name for field in fields(cls)} - {
             "head_dim",
             "theta",
@@ -124,8 +145,9 @@ class Rope:
 
     @property
     def by_length(self) -> bool:
-        """Whether a position's angles depend on how long the text is that is read with it."""
-        return self.rule in ("dynamic", "longrope")
+        """Whether a position's angles depend on how long the text is that is read with it, up to ``max_position``:
+        ``dynamic`` stretches past that alone."""
+        return self.rule == "longrope"
 
     def tables(
         self, positions: Int[Array, "batch seq"]
@@ -141,6 +163,12 @@ class Rope:
         inverse, factor = _RULES[self.rule](self, length)
         angles = positions[..., None] * inverse
         return xp.cos(angles) * factor, xp.sin(angles) * factor
+
+
+def _check_number(name: str, value: Any, positive: bool = False) -> None:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (positive and not value > 0):
+        raise ValueError(f"{name} must be a {'positive ' if positive else ''}number, got {value!r}")
 
 
 def rotate(
@@ -178,6 +206,7 @@ def _dynamic(rope: Any, length: Array):
     xp, d = namespace(length), rope.rotary_dim
     stretch = xp.maximum(length, xp.zeros_like(length) + rope.max_position) * (rope.factor / rope.max_position)
     growth = xp.log(stretch - (rope.factor - 1.0)) * (d / (d - 2))
+    growth = xp.where(length > rope.max_position, growth, xp.zeros_like(growth))  # exactly, not but for rounding
     powers = _float32(np.arange(0, d, 2) / d, length)
     return _float32(_plain(rope), length) * xp.exp(-growth * powers), 1.0
 
@@ -234,6 +263,10 @@ _RULES: dict[str, Callable[[Rope, Array], tuple[Array, float]]] = {
     "yarn": _yarn,
     "longrope": _longrope,
 }
+_POSITIVE = (
+    "theta", "partial_rotary_factor", "max_position", "original_max_position", "factor", "attention_factor",
+    "beta_fast", "beta_slow",
+)  # fmt: skip
 _NEEDS = {
     "default": (),
     "linear": ("factor",),

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from heddle.data.tokenizers import Tokenizer
 
 from . import scheduler
@@ -55,8 +57,8 @@ class Engine:
     """A model that answers many requests at once.
 
     Args:
-        model: any :class:`Transformer` whose layers keep every key. Rotary rules that depend on a text's length
-            (dynamic, longrope) are refused: parts of it are read before its length is known.
+        model: any :class:`Transformer` whose layers keep every key. A rotary rule that depends on a text's length
+            (longrope) is refused: parts of it are read before its length is known.
         tokenizer: of the model.
         max_batch: sequences that get a token in one step, at most.
         blocks: of the cache; None: enough for ``max_batch`` sequences of 1,024 tokens, or of the context if it is less.
@@ -167,8 +169,9 @@ class Engine:
         blocks, size, max_batch, chunk = self._sizes
         rows = 1
         while rows < 2 * max_batch:
-            greedy = Mixed.of([Greedy()] * rows)
-            self._device.decode([([0], [0])] * rows, [], greedy, [0] * rows, [0] * rows, [None] * rows, False)
+            greedy, sequences = Mixed.of([Greedy()] * rows), [([0], [0])] * rows
+            for said in (None, np.zeros(self.model.config.vocab_size, np.int32)):  # what penalties look at
+                self._device.decode(sequences, [], greedy, [0] * rows, [0] * rows, [said] * rows, False)
             rows *= 2
         length = LEAST_READ
         while length < 2 * chunk:
@@ -195,6 +198,11 @@ class Engine:
     def closing(self) -> bool:
         """Whether it takes no more requests."""
         return self._closing
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread is not None and self._thread.is_alive()
 
     # ------------------------------------------------------------------ the thread
 
@@ -244,7 +252,8 @@ class Engine:
                 self.step()
             except Exception:  # the requests of this step are lost, the engine isn't
                 log.exception("a step failed")
-                self._fail()
+                if not self._fail():
+                    return
 
     def step(self) -> bool:
         """Read a chunk of the prompts there are and give every sequence that is read a token; whether more is left."""
@@ -315,14 +324,27 @@ class Engine:
                 self.scheduler.remove(handle.sequences[index])
             self._tell(handle, Event(index, "", -1, reason))
 
-    def _fail(self) -> None:
-        """End all requests, and begin anew: an error in a step may have cost the cache."""
+    def _fail(self) -> bool:
+        """End all requests, and begin anew: an error in a step may have cost the cache. Whether that went well; if not,
+        nothing more is taken."""
+        self._end_all()
+        try:
+            self._reset()
+        except Exception:
+            log.exception("there is no new cache: the engine ends")
+            self.stop()
+            self._end_all()  # what came meanwhile
+            return False
+        return True
+
+    def _end_all(self) -> None:
+        """By an error, and without the scheduler, which one may have left in any state."""
         with self._condition:
             self._inbox.clear()
             handles = list(self._handles)
-        self._reset()
         for handle in handles:
-            self._end(handle, ERROR)
+            for index in sorted(handle.unfinished):
+                self._tell(handle, Event(index, "", -1, ERROR))
 
     def _tell(self, handle: Handle, event: Event) -> None:
         if event.finish_reason:
