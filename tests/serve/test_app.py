@@ -13,13 +13,18 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from servers import NAME, load, save, serving
 
 from heddle.data.tokenizers import Tokenizer
-from heddle.jax import generate
+from heddle.jax import generate, paged
 from heddle.jax import sampler as usual
+from heddle.jax.answer import Answer, TokenLogprobs
 from heddle.jax.engine import Engine
+from heddle.jax.requests import Event, Handle, Request
+from heddle.serve.answers import CompletionForm
 from heddle.serve.app import Limits, create_app
+from heddle.serve.protocol import ChatBody, CompletionBody, refuse_invalid
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -162,6 +167,50 @@ def test_log_probabilities(client, pair):
     assert [entry.logprob for entry in told] == pytest.approx([entry.logprob for entry in content], abs=1e-4)
 
 
+def test_the_sampled_token_is_among_those_told(client):
+    options = {"model": NAME, "prompt": "hello", "temperature": 2, "seed": 5}
+    for n in (0, 2):
+        told = client.completions.create(**options, logprobs=n).choices[0].logprobs
+        assert len(told.tokens) == 16
+        for token, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+            assert top[token] == logprob
+            assert len(top) <= n + 1
+
+
+def test_offsets_are_those_of_whole_characters_streamed_or_not():
+    tokenizer, text = Tokenizer.bytes(), "é!🎉x"
+    body = CompletionBody(model=NAME, prompt="x", logprobs=0)
+    handle = Handle(Request("x", logprobs=0), 1, frozenset(), lambda handle: None)
+    form = CompletionForm(NAME, tokenizer, body, [handle])
+    answer, streamed = Answer(tokenizer.decoder(), ("x?",), frozenset(), 100), []
+    for byte in text.encode():
+        event = Event(0, *answer.add(byte, TokenLogprobs(-1.0, ())))
+        streamed += form.add(0, handle, event)["choices"][0]["logprobs"]["text_offset"]
+    assert streamed == [0, 0, 1, 2, 2, 2, 2, 3]
+    assert form.whole()["choices"][0]["logprobs"]["text_offset"] == streamed
+
+
+def test_an_answer_goes_back_as_openais_client_writes_it(client, pair):
+    messages = [{"role": "user", "content": "hi"}]
+    options = {"model": NAME, "temperature": 0, "max_tokens": 5}
+    nothing = dict.fromkeys(("functions", "reasoning_effort", "audio", "tools", "prediction", "verbosity"))
+    first = client.chat.completions.create(messages=messages, **options, extra_body=nothing).choices[0].message
+    messages.append(first.model_dump())
+    assert messages[-1] | {"tool_calls": None, "annotations": None} == messages[-1]
+    messages.append({"role": "assistant", "content": "", "tool_calls": [], "annotations": [], "refusal": None})
+    messages.append({"role": "user", "content": "more"})
+    second = client.chat.completions.create(messages=messages, **options).choices[0].message
+    assert second.content == expected(pair, f"[uhi][a{first.content}][a][umore][a", max_tokens=5).text
+
+
+def test_streams_end_no_line_where_a_text_does(server):
+    text = "a\u2028b\u0085c\u2029é"
+    body = {"model": NAME, "prompt": text, "echo": True, "stream": True, "max_tokens": 1}
+    response = post(server[0], body)
+    assert response.content.isascii()
+    assert json.loads(response.text.splitlines()[0].removeprefix("data: "))["choices"][0]["text"] == text
+
+
 def test_a_prompt_seen_before_is_told_as_cached(client):
     prompt = "x" * 40
     counts = []
@@ -191,6 +240,8 @@ TALK = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_toke
         ({"temperature": "1"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": 0}, "top_k", "greater than or equal to 1"),
+        ({"top_k": 2**31}, "top_k", "less than or equal to 2147483647"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 9}, "n", "the largest batch"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
@@ -199,7 +250,7 @@ TALK = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "max_toke
         ({"prompt": ""}, "prompt", "at least one token"),
         ({"prompt": []}, "prompt", "at least one token"),
         ({"prompt": [["a"]]}, "prompt.0.0", "valid integer"),
-        ({"prompt": [999]}, "prompt", r"ids in [0, 257)"),
+        ({"prompt": [5] * 30 + [999] * 30}, "prompt", r"prompt must hold ids in [0, 257), got 999"),
         ({"prompt": "x" * 96}, "prompt", "shorter than the model's context of 96 tokens"),
         ({"prompt": ["x"] * 129}, "prompt", "at most 128 prompts"),
         ({"stop": [""]}, "stop", "aren't empty"),
@@ -240,6 +291,36 @@ def test_what_a_completion_cannot_be_is_refused_by_name(server, changes, param, 
 def test_what_a_chat_cannot_be_is_refused_by_name(server, changes, param):
     response = post(server[0], TALK | changes, CHAT)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    ("path", "changes"),
+    [
+        (TEXT, {"prompt": [0] * MANY + ["x"]}),
+        (TEXT, {"prompt": ["x"] * MANY + [0]}),
+        (TEXT, {"prompt": [[0]] * MANY + ["x"]}),
+        (TEXT, {"prompt": [[0, "x"] * MANY]}),
+        (TEXT, {"stop": [0] * MANY}),
+        (TEXT, {str(i): 0 for i in range(MANY // 2)}),
+        (TEXT, {"logit_bias": {str(i): "x" for i in range(MANY // 2)}}),
+        (CHAT, {"messages": [{}] * MANY}),
+        (CHAT, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "x"} | {str(i): 0 for i in range(MANY // 2)}]}),
+        (CHAT, {"tools": [0] * MANY}),
+        (CHAT, {"modalities": [0] * MANY}),
+    ],
+)
+def test_a_body_full_of_mistakes_costs_no_more_than_one(path, changes):
+    body = json.dumps((TALK if path == CHAT else GOOD) | changes).encode()
+    assert MANY < len(body) <= Limits().body_bytes
+    with pytest.raises(ValidationError) as error:
+        (ChatBody if path == CHAT else CompletionBody).model_validate_json(body)
+    assert error.value.error_count() <= 5
+    refusal = refuse_invalid(error.value)
+    assert (refusal.status, len(refusal.message) < 200) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -385,12 +466,82 @@ def test_a_full_queue_is_told_and_passes(pair):
 
 
 def test_an_answer_that_takes_too_long_is_broken_off(pair):
-    with serving(engine_of(pair), limits=Limits(seconds=0.001)) as url:
+    engine = engine_of(pair)
+    with serving(engine, limits=Limits(seconds=0.001)) as url:
         response = post(url, GOOD | {"max_tokens": 90})
         assert (response.status_code, response.json()["error"]["code"]) == (408, "timeout")
+        with openai.OpenAI(base_url=url + "/v1", api_key="any", max_retries=2) as client:
+            with pytest.raises(openai.APIStatusError) as refused:
+                client.completions.create(**GOOD | {"max_tokens": 90})
+            assert refused.value.status_code == 408
+        assert engine.counters.requests == 2  # the client did not ask again
         response = post(url, GOOD | {"max_tokens": 90, "stream": True})
         assert response.status_code == 200  # what went before can't be taken back: the error is an event
         assert json.loads(response.text.strip().splitlines()[-1].removeprefix("data: "))["error"]["code"] == "timeout"
+
+
+def test_while_a_long_text_becomes_ids_others_are_answered(pair):
+    model, words = pair
+    reading, read = threading.Event(), threading.Event()
+
+    class Long(Tokenizer):
+        def encode(self, text, **options):
+            reading.set()
+            assert read.wait(60)
+            return super().encode(text, **options)
+
+    slow = Long(words.backend, words.special, chat_template=words.chat_template)
+    with serving(engine_of((model, slow))) as url, ThreadPoolExecutor(1) as pool:
+        for body, path in ((GOOD, TEXT), (TALK, CHAT)):
+            asked = pool.submit(post, url, body, path)
+            assert reading.wait(60)
+            assert httpx.get(url + "/health", timeout=60).json() == {"status": "ok"}
+            assert not asked.done()
+            read.set()
+            assert asked.result().status_code == 200
+            reading.clear()
+            read.clear()
+
+
+def test_an_engine_that_has_ended_is_told_as_ill(pair, monkeypatch):
+    class Broken:
+        def __init__(self, *arguments):
+            raise MemoryError("nor for another")
+
+    def fail(*arguments):
+        monkeypatch.setattr("heddle.jax.engine.Device", Broken)
+        raise MemoryError("no memory")
+
+    engine = engine_of(pair)
+    with serving(engine) as url:
+        monkeypatch.setattr(paged.Device, "decode", fail)
+        assert post(url, GOOD).status_code == 500
+        engine._thread.join(60)
+        health = httpx.get(url + "/health")
+        assert (health.status_code, health.json()) == (503, {"status": "stopped"})
+        assert (post(url, GOOD).status_code, post(url, TALK, CHAT).json()["error"]["code"]) == (503, "stopping")
+
+
+class Slow(Engine):
+    """Whose answers are long under way."""
+
+    def step(self) -> bool:
+        time.sleep(0.02)
+        return super().step()
+
+
+def test_what_comes_while_the_rest_is_finished_is_refused(pair):
+    engine = Slow(*pair, max_batch=4, blocks=24, block_size=16, prefill_chunk=32)
+    body = {"model": NAME, "prompt": "x", "max_tokens": 90, "temperature": 0, "stream": True}
+    with serving(engine) as url, httpx.stream("POST", url + TEXT, json=body, timeout=60) as response:
+        lines = response.iter_lines()
+        next(lines)
+        engine.stop()
+        refused = post(url, GOOD)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
+        assert refused.headers["retry-after"] == "5"
+        assert httpx.get(url + "/health").json() == {"status": "stopping"}
+        assert list(lines)[-2] == "data: [DONE]"
 
 
 def test_a_client_that_vanishes_frees_its_blocks(pair):
@@ -411,7 +562,7 @@ def test_a_client_that_vanishes_frees_its_blocks(pair):
 
 def test_sixty_four_clients_of_whom_a_third_vanish(pair):
     """All others complete, each with the answer it gets alone; no block is lost."""
-    engine = engine_of(pair)
+    engine = Slow(*pair, max_batch=8, blocks=48, block_size=16, prefill_chunk=32)
     prompts = ["abcdefghij"[: 1 + i % 7] * (1 + i % 5) for i in range(64)]
     lengths = [5 + 11 * i % 50 for i in range(64)]
     answers: dict[int, str] = {}
@@ -447,6 +598,7 @@ def test_sixty_four_clients_of_whom_a_third_vanish(pair):
     for i, answer in answers.items():
         assert answer == expected(pair, prompts[i], max_tokens=lengths[i]).text
     assert engine.scheduler.blocks.available == engine.scheduler.blocks.count
+    assert engine.counters.finished["cancelled"] > 10  # of 22 who left: not all of them had their answer already
 
 
 def test_the_page_and_the_metrics(server):

@@ -34,7 +34,9 @@ def encode_prompts(model: LanguageModel, tokenizer: Tokenizer, prompts: Any) -> 
             encoded.append(encode_prompt(model, tokenizer, name, prompt))
             continue
         if replicas == 1 or len(prompt) != replicas:
-            raise ValueError(f"{name} must be text, ids or one of them for each replica ({replicas}), got {prompt!r}")
+            raise ValueError(
+                f"{name} must be text, ids or one of them for each replica ({replicas}), got {len(prompt)} of them"
+            )
         each = [encode_prompt(model, tokenizer, f"{name}[{r}]", prompt[r]) for r in range(replicas)]
         longest = max(map(len, each))
         encoded.append(np.stack([np.pad(ids, (longest - len(ids), 0), constant_values=PADDING) for ids in each]))
@@ -54,7 +56,8 @@ def encode_prompt(model: LanguageModel, tokenizer: Tokenizer, name: str, prompt:
     if len(ids) >= context:
         raise ValueError(f"{name} must be shorter than the model's context of {context} tokens, got {len(ids)}")
     if min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(f"{name} must hold ids in [0, {vocab_size}), got {ids}")
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(f"{name} must hold ids in [0, {vocab_size}), got {wrong}")
     return np.asarray(ids, np.int32)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from heddle.data.tokenizers import Tokenizer
+from heddle.data.tokenizers import Decoder, Tokenizer
 from heddle.jax.answer import TokenLogprobs
 from heddle.jax.requests import Event, Handle
 
@@ -30,7 +30,7 @@ class Form:
 
     def __init__(self, model: str, tokenizer: Tokenizer, body: Any, handles: Sequence[Handle]):
         self.tokenizer, self.body, self.handles = tokenizer, body, handles
-        self.choices = [Choice() for handle in handles for _ in range(handle.request.n)]
+        self.choices = [Choice(tokenizer.decoder()) for handle in handles for _ in range(handle.request.n)]
         self.head = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
     def opening(self) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ class Form:
 
     def add(self, index: int, handle: Handle, event: Event) -> dict[str, Any] | None:
         """Take an event of one choice; what to stream of it, if anything."""
-        choice, offset = self.choices[index], len(self.choices[index].text)
+        choice = self.choices[index]
         choice.text += event.text
         choice.count += event.token >= 0
         choice.finish_reason = event.finish_reason
@@ -48,7 +48,9 @@ class Form:
         if event.logprobs is not None and event.token not in handle.stop_ids:
             choice.tokens.append(event.token)
             choice.told.append(event.logprobs)
-            logprobs = self.logprobs([event.token], [event.logprobs], offset)
+            choice.offsets.append(choice.length)
+            choice.length += len(choice.decoder.add(event.token))
+            logprobs = self.logprobs([event.token], [event.logprobs], choice.offsets[-1:])
         if not event.text and logprobs is None and event.finish_reason is None:
             return None
         return self.chunk([self.piece(index, event.text, logprobs, event.finish_reason)])
@@ -61,7 +63,8 @@ class Form:
         """The answer, not streamed."""
         choices = []
         for index, choice in enumerate(self.choices):
-            logprobs = self.logprobs(choice.tokens, choice.told, 0) if self.body.likeliest is not None else None
+            wanted = self.body.likeliest is not None
+            logprobs = self.logprobs(choice.tokens, choice.told, choice.offsets) if wanted else None
             choices.append(self.message(index, choice.text, logprobs, choice.finish_reason))
         return {**self.head, "object": self.whole_object, "choices": choices, "usage": self.usage()}
 
@@ -90,20 +93,23 @@ class Form:
         """A choice as a whole."""
         raise NotImplementedError
 
-    def logprobs(self, tokens: Sequence[int], told: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
-        """Log-probabilities of some tokens; the first's text begins at ``offset``."""
+    def logprobs(self, tokens: Sequence[int], told: Sequence[TokenLogprobs], offsets: Sequence[int]) -> dict[str, Any]:
+        """Log-probabilities of some tokens, and where in the text each begins."""
         raise NotImplementedError
 
 
 class Choice:
     """One answer so far."""
 
-    def __init__(self):
+    def __init__(self, decoder: Decoder):
         self.text = ""
         self.count = 0
         self.finish_reason: str | None = None
         self.tokens: list[int] = []
         self.told: list[TokenLogprobs] = []
+        self.offsets: list[int] = []
+        # Characters that are whole; more than the text has, while some of it may yet become a stop string.
+        self.decoder, self.length = decoder, 0
 
 
 class CompletionForm(Form):
@@ -136,16 +142,16 @@ class CompletionForm(Form):
 
     message = piece
 
-    def logprobs(self, tokens, told, offset):
-        names, offsets = [self.token(token) for token in tokens], []
-        for name in names:
-            offsets.append(offset)
-            offset += len(name)
+    def logprobs(self, tokens, told, offsets):
+        names = [self.token(token) for token in tokens]
         return {
             "tokens": names,
             "token_logprobs": [each.chosen for each in told],
-            "top_logprobs": [{self.token(token): logprob for token, logprob in each.top} for each in told],
-            "text_offset": offsets,
+            "top_logprobs": [
+                {self.token(token): logprob for token, logprob in each.top} | {name: each.chosen}
+                for name, each in zip(names, told, strict=True)
+            ],
+            "text_offset": list(offsets),
         }
 
 
@@ -170,7 +176,7 @@ class ChatForm(Form):
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
-    def logprobs(self, tokens, told, offset):
+    def logprobs(self, tokens, told, offsets):
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.token(token)
             # A token that is part of a character has no text of its own, and what bytes it has isn't known here.

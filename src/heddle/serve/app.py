@@ -104,7 +104,8 @@ def create_app(engine: Engine, name: str, *, api_keys: Sequence[str] = (), limit
 
     @app.get("/health")
     async def health() -> Response:
-        return JSONResponse({"status": "stopping" if engine.closing else "ok"}, 503 if engine.closing else 200)
+        status = "ok" if engine.alive and not engine.closing else "stopping" if engine.alive else "stopped"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -117,6 +118,8 @@ def create_app(engine: Engine, name: str, *, api_keys: Sequence[str] = (), limit
     @app.exception_handler(Refusal)
     async def refuse(request: Request, error: Refusal) -> Response:
         headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}
+        if error.code == "timeout":  # OpenAI's client would ask again, and wait as long again
+            headers = {408: {"x-should-retry": "false"}}
         return JSONResponse(error.body(), error.status, headers.get(error.status))
 
     @app.exception_handler(HTTPException)
@@ -144,7 +147,7 @@ class Service:
         body = await self._read(http, CompletionBody)
         prompts, limit = body.prompts(), self._limit(body.limit, "max_tokens")
         requests = [body.request(prompt, limit, body.logprobs, self.limits.seconds) for prompt in prompts]
-        handles = self._submit(requests)
+        handles = await asyncio.to_thread(self._submit, requests)  # a long text's ids take a while
         form = CompletionForm(self.model["id"], self.engine.tokenizer, body, handles)
         return await self._answer(http, body, handles, form)
 
@@ -152,12 +155,16 @@ class Service:
         body = await self._read(http, ChatBody)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         tokenizer = self.engine.tokenizer
-        try:
-            prompt = tokenizer.encode(tokenizer.chat([m.plain() for m in body.messages]), add_special=False)
-        except ValueError as error:
-            raise Refusal(400, f"messages: {error}", "messages") from None
         limit = self.limits.max_tokens if body.limit is None else self._limit(body.limit, name)
-        handles = self._submit([body.request(prompt, limit, body.likeliest, self.limits.seconds)], "messages")
+
+        def submit() -> list[Handle]:
+            try:
+                prompt = tokenizer.encode(tokenizer.chat([m.plain() for m in body.messages]), add_special=False)
+            except ValueError as error:
+                raise Refusal(400, f"messages: {error}", "messages") from None
+            return self._submit([body.request(prompt, limit, body.likeliest, self.limits.seconds)], "messages")
+
+        handles = await asyncio.to_thread(submit)
         return await self._answer(http, body, handles, ChatForm(self.model["id"], tokenizer, body, handles))
 
     async def _read(self, http: Request, kind: type[Body]) -> Any:
@@ -269,7 +276,7 @@ class Service:
 
     async def _stream(self, handles: list[Handle], form: Form) -> AsyncIterator[str]:
         def send(data: Any) -> str:
-            return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+            return f"data: {json.dumps(data)}\n\n"  # in ASCII: some clients end lines at U+2028 and U+0085 too
 
         try:
             for chunk in form.opening():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -15,6 +15,12 @@ from heddle.jax.sampling import sampler
 COMPLETION_TOKENS = 16  #: of an answer to /v1/completions where the request doesn't say, as OpenAI has it
 MOST_STOPS = 16
 MOST_PROMPTS = 128
+MOST_FIELDS = 64  #: of one object: each that isn't known costs an error
+
+T = TypeVar("T")
+#: Of which the first wrong element is told: in a body full of them each would cost an error for every alternative.
+FirstWrong = Annotated[list[T], Field(fail_fast=True)]
+Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)] | None  #: what clients send of what isn't served
 
 
 class Refusal(Exception):
@@ -51,6 +57,13 @@ class _Body(BaseModel):
     # strict: "5" is no number. What isn't known is refused, not dropped.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MOST_FIELDS:
+            raise ValueError(f"an object must have at most {MOST_FIELDS} fields, got {len(given)}")
+        return given
+
 
 class StreamOptions(_Body):
     include_usage: bool = False
@@ -59,9 +72,14 @@ class StreamOptions(_Body):
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | FirstWrong[Part] | None = None
     name: str | None = None
+    # An answer comes back with the next question as OpenAI's client has it.
     refusal: None = None
+    annotations: Nothing = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Nothing = None
 
     def plain(self) -> dict[str, str]:
         """As chat templates have it."""
@@ -86,20 +104,22 @@ class _Sampled(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | FirstWrong[str] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Said to us, of no consequence here.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
 
     @field_validator("stop")
     @classmethod
@@ -140,12 +160,12 @@ class _Sampled(_Body):
 class CompletionBody(_Sampled):
     """/v1/completions"""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | FirstWrong[str] | FirstWrong[int] | FirstWrong[FirstWrong[int]]
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None
     suffix: None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
     def _check_together(self):
@@ -181,16 +201,25 @@ class ResponseFormat(_Body):
 class ChatBody(_Sampled):
     """/v1/chat/completions"""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[FirstWrong[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: Nothing = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    functions: Nothing = None
+    function_call: Literal["none", "auto"] | None = None
+    # Known to OpenAI's clients, some of which say that they don't want it.
+    audio: None = None
+    moderation: None = None
+    prediction: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    web_search_options: None = None
+    modalities: FirstWrong[Literal["text"]] | None = None
 
     @model_validator(mode="after")
     def _check_together(self):
