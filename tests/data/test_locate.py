@@ -5,6 +5,7 @@ import sys
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from heddle.data.locate import locate, read_json
 
@@ -49,8 +50,12 @@ def test_an_empty_name_is_refused():
 def test_a_name_on_the_hub_is_downloaded_without_what_is_not_needed(monkeypatch, tmp_path):
     asked = {}
 
-    def download(name, allow_patterns):
-        asked[name] = allow_patterns
+    files = ["config.json", "model-00001-of-00002.safetensors", "consolidated-00001-of-00002.safetensors", "a.bin"]
+
+    def download(name, **patterns):
+        asked[name] = patterns["allow_patterns"]
+        fetched = filter_repo_objects(files, **patterns)
+        assert [file for file in fetched if "consolidated" in file or file.endswith(".bin")] == []
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
@@ -61,7 +66,7 @@ def test_a_name_on_the_hub_is_downloaded_without_what_is_not_needed(monkeypatch,
 
 
 def test_a_hub_out_of_reach_is_one_clear_line(monkeypatch):
-    def download(name, allow_patterns):
+    def download(name, **patterns):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

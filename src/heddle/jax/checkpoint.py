@@ -113,10 +113,13 @@ class Safetensors:
     def __init__(self, folder: Path):
         self.path = folder
         if (folder / INDEX).is_file():
-            index = read_json(folder / INDEX)
-            files = sorted(set(index.get("weight_map", {}).values()))
-            if not files:
-                raise ValueError(f"{folder / INDEX}: weight_map must name a file for each tensor, got none")
+            named = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+                raise ValueError(f"{folder / INDEX}: weight_map must name a file for each tensor")
+            files = sorted(set(named.values()))
+            missing = [file for file in files if not (folder / file).is_file()]
+            if missing:
+                raise FileNotFoundError(f"{folder}: lacks {_few(missing)}, which {INDEX} names")
         elif (folder / SINGLE).is_file():
             files = [SINGLE]
         else:
