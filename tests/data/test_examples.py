@@ -71,6 +71,36 @@ def test_messages_and_a_conversation_in_two_parts():
         TakeExample(PLAIN, 99)({"messages": TALK})
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}}
+TOOLS = "{%- if tools %}{{- 'Tools: ' + tools | map('tojson') | join(';') + '\n' }}{%- endif %}"
+
+
+def test_tools_are_written_by_the_template(tmp_path):
+    take = TakeExample(chat(TOOLS + CHATML), 999)
+    written = f"Tools: {json.dumps(TOOL)};{json.dumps(TOOL)}\n"
+    for record in (
+        {"prompt": "1+1", "completion": "2"},
+        {"messages": TALK},
+        {"prompt": TALK[:2], "completion": TALK[2:]},
+    ):
+        without, answers = learned(take, record)
+        for tools in ([TOOL, TOOL], json.dumps([TOOL, TOOL])):
+            assert learned(take, {**record, "tools": tools}) == (written + without, answers)
+        for none in (None, [], "[]"):
+            assert learned(take, {**record, "tools": none})[0] == without
+    # Parquet gives each object all fields that any of them has.
+    other = {"type": "function", "function": {"name": "now"}}
+    pq.write_table(pa.Table.from_pylist([{"messages": TALK, "tools": [TOOL, other]}]), tmp_path / "some.parquet")
+    [(_, example, _)] = open_examples(str(tmp_path / "some.parquet"), take)(0, None)
+    text = PLAIN.decode(example.tokens.tolist())
+    assert text.startswith(f"Tools: {json.dumps(TOOL)};{json.dumps(other)}\n")
+    with pytest.raises(ValueError, match="'tools' are for conversations by a chat template"):
+        TakeExample(PLAIN, 99)({"prompt": "a", "completion": "b", "tools": [TOOL]})
+    for wrong, message in (("[", "'tools' is no JSON: Expecting value"), ({"a": 1}, "'tools' is dict, not a list")):
+        with pytest.raises(ValueError, match=message):
+            take({"prompt": "a", "completion": "b", "tools": wrong})
+
+
 BROKEN = {
     '{"messages": [': "not JSON",
     "[1]": "list, not an object",
@@ -123,7 +153,9 @@ def test_parquet_and_jsonl_hold_the_same_examples(tmp_path):
     for (_, a, _), (_, b, _) in zip(ours, theirs):
         assert (a.tokens.tolist(), a.learned.tolist()) == (b.tokens.tolist(), b.learned.tolist())
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match="has no column 'messages' or 'prompt' or 'completion'; it has text"):
+    with pytest.raises(
+        ValueError, match="has no column 'messages' or 'prompt' or 'completion' or 'tools'; it has text"
+    ):
         list(open_examples(str(tmp_path / "other.parquet"), take)(0, None))
     (tmp_path / "some.txt").write_text("text")
     with pytest.raises(ValueError, match=r"examples must be JSONL, Parquet or of the hub, '.*some.txt' holds plain"):

@@ -13,19 +13,22 @@ Message = Mapping[str, Any]  #: ``{"role": ..., "content": ...}``
 Span = tuple[int, int]  #: characters of a text, from and up to
 
 ASSISTANT = "assistant"
+#: Today's date in training, for templates that write it: a run goes on another day with the tokens that it began with.
+#: It is the date that Llama 3's templates fall back to.
+TRAINING_DATE = datetime.datetime(2024, 7, 26)
 #: Around what ``{% generation %}`` encloses, while it is looked for.
 _BEGIN, _END = "\0generation\0", "\0endgeneration\0"
 
 
 def render(
-    template: str, messages: Sequence[Message], names: Mapping[str, str], *, add_generation_prompt: bool = False
+    template: str, messages: Sequence[Message], names: Mapping[str, Any], *, add_generation_prompt: bool = False
 ) -> str:
     """A conversation as the template writes it.
 
     Args:
         template: in Jinja.
         messages: the oldest first.
-        names: what else the template may name, such as ``bos_token``.
+        names: what else the template may name, such as ``bos_token``, or ``tools``.
         add_generation_prompt: end with the opening of the assistant's turn.
 
     Raises:
@@ -34,12 +37,17 @@ def render(
     return _render(template, messages, names, add_generation_prompt, marked=False)
 
 
+def training_names(names: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template may name where a model is trained: ``names``, and :data:`TRAINING_DATE` for today."""
+    return {**names, "strftime_now": TRAINING_DATE.strftime}
+
+
 def marks_answers(template: str) -> bool:
     """Whether a template says itself what the assistant generates, by ``{% generation %}``."""
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template) is not None
 
 
-def assistant_spans(template: str, messages: Sequence[Message], names: Mapping[str, str]) -> tuple[str, list[Span]]:
+def assistant_spans(template: str, messages: Sequence[Message], names: Mapping[str, Any]) -> tuple[str, list[Span]]:
     """The conversation as text, and where in it the assistant speaks.
 
     Found by ``{% generation %}`` where the template has it. Else by writing the conversation up to each of the
@@ -62,7 +70,7 @@ def assistant_spans(template: str, messages: Sequence[Message], names: Mapping[s
     return text, spans
 
 
-def opening(template: str, prompt: Sequence[Message], text: str, names: Mapping[str, str]) -> str:
+def opening(template: str, prompt: Sequence[Message], text: str, names: Mapping[str, Any]) -> str:
     """The text of the messages before an answer, up to where the assistant begins to speak.
 
     Raises:
@@ -93,16 +101,14 @@ def _between_marks(marked: str) -> tuple[str, list[Span]]:
     return text, spans
 
 
-def _render(template: str, messages: Sequence[Message], names: Mapping[str, str], prompt: bool, *, marked: bool) -> str:
+def _render(template: str, messages: Sequence[Message], names: Mapping[str, Any], prompt: bool, *, marked: bool) -> str:
     import jinja2
 
     try:
         return _compiled(template, marked).render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=prompt,
-            tools=None,
-            documents=None,
-            **names,
+            **{"tools": None, "documents": None, **names},
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from None

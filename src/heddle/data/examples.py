@@ -1,7 +1,8 @@
 """Examples of what to answer, for supervised fine-tuning: prompts and completions out of records, as token ids.
 
 A record has ``messages``, a conversation that the assistant ends, or ``prompt`` and ``completion``, both text or both
-messages. Which tokens are learned is said by :class:`heddle.data.packing.Document`; all others are context.
+messages; for a chat template that writes them ``tools`` too. Which tokens are learned is said by
+:class:`heddle.data.packing.Document`; all others are context.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from heddle.options import OVERLONG, SFT_FORMS, SFT_LOSSES
 
-from .chat import ASSISTANT, Message, Span, assistant_spans, opening, render
+from .chat import ASSISTANT, Message, Span, assistant_spans, opening, render, training_names
 from .corpora import (
     Reader,
     Take,
@@ -44,6 +45,7 @@ class Example(NamedTuple):
 
     prompt: str | Sequence[Message]
     completion: str | Sequence[Message]
+    tools: Sequence[Any] | None = None  #: that the assistant may call, for the chat template
 
 
 @dataclass
@@ -69,7 +71,7 @@ class TakeExample:
     loss_on: str = "completion"
     form: str = "auto"
     overlong: str = "truncate"
-    fields: tuple[str, ...] = field(default=("messages", "prompt", "completion"), init=False)
+    fields: tuple[str, ...] = field(default=("messages", "prompt", "completion", "tools"), init=False)
     _warned: bool = field(default=False, init=False)
 
     def __post_init__(self):
@@ -108,7 +110,9 @@ class TakeExample:
 
     def _encode(self, example: Example) -> tuple[list[int], list[bool]]:
         tokenizer, template = self.tokenizer, self.tokenizer.chat_template
-        prompt, completion = example
+        prompt, completion, tools = example
+        if tools and (not template or (isinstance(prompt, str) and self.form == "text")):
+            raise ValueError("'tools' are for conversations by a chat template")
         if isinstance(prompt, str) and isinstance(completion, str):
             if not template or self.form == "text":
                 end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -118,12 +122,12 @@ class TakeExample:
             completion = [{"role": ASSISTANT, "content": completion}]
         if not template:
             raise ValueError("messages need a tokenizer with a chat template, this one has none")
-        return self._encode_chat(template, list(prompt), list(completion))  # type: ignore[arg-type]
+        return self._encode_chat(template, list(prompt), list(completion), tools)  # type: ignore[arg-type]
 
     def _encode_chat(
-        self, template: str, prompt: list[Message], completion: list[Message]
+        self, template: str, prompt: list[Message], completion: list[Message], tools: Sequence[Any] | None
     ) -> tuple[list[int], list[bool]]:
-        names, messages = self.tokenizer.template_names, [*prompt, *completion]
+        names, messages = training_names({**self.tokenizer.template_names, "tools": tools}), [*prompt, *completion]
         spans: list[Span]
         if self.loss_on == "assistant":
             text, spans = assistant_spans(template, messages, names)
@@ -140,20 +144,40 @@ def read_example(record: Any) -> Example:
     Raises:
         ValueError: what is wrong with the record, in one clause.
     """
+    tools = _tools(record.get("tools")) if isinstance(record, dict) else None
     if isinstance(record, dict) and record.get("messages") is not None:
         messages = _messages(record, "messages")
         if messages[-1]["role"] != ASSISTANT:
             raise ValueError(f"'messages' must end with the assistant's, but the last is the {messages[-1]['role']}'s")
-        return Example(messages[:-1], messages[-1:])
+        return Example(messages[:-1], messages[-1:], tools)
     if isinstance(record, dict) and not {"prompt", "completion"} <= record.keys():
         has = ", ".join(map(str, record)) or "none"
         raise ValueError(f"neither 'messages' nor 'prompt' and 'completion'; it has {has}")
     if isinstance(record, dict) and isinstance(record["prompt"], list):
-        return Example(_messages(record, "prompt"), _messages(record, "completion"))
+        return Example(_messages(record, "prompt"), _messages(record, "completion"), tools)
     prompt, completion = record_text(record, "prompt"), record_text(record, "completion")
     if not completion:
         raise ValueError("'completion' is empty")
-    return Example(prompt, completion)
+    return Example(prompt, completion, tools)
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    """A list of what describes each, or JSON's text of one."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"'tools' is no JSON: {error.msg}") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"'tools' is {kind_of(tools)}, not a list")
+    return _without_nulls(tools) or None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the null fields that columns of Parquet fill objects up with."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _messages(record: dict[str, Any], name: str) -> list[Message]:
