@@ -302,7 +302,7 @@ class TrainingOptions:
     ema_decay: float | None = None  #: of an average of the weights, evaluated and saved too; None: none is kept
     compute_dtype: str = "float32"  #: bfloat16: forward and backward in it, master weights and optimiser in float32
     remat: str = "none"  #: what the backward pass computes again: none; layer, all; dots, all but matrix products
-    max_nonfinite: int = 5  #: steps in a row with a non-finite loss or gradient, each skipped, that stop the run
+    max_nonfinite: int = 5  #: steps in a row of non-finite loss or gradient, or rollouts without reward, that end it
     eval_every: int = 100  #: steps between evaluations; 0: never
     eval_first: bool = False  #: evaluate before the first step too, as step 0
     eval_batches: int = 4  #: batches of ``batch_size`` rows of an evaluation, always the same

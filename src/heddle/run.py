@@ -20,11 +20,13 @@ from heddle.data.tasks import (
     Problem,
     Stream,
     Task,
+    answer_form_of,
     answered,
     asking,
     open_task,
     parse_settings,
     prompt_encoder,
+    usable,
 )
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
 from heddle.options import MeshOptions, makes_problems
@@ -71,10 +73,11 @@ def training_data(config: Config) -> Data:
             return open_corpus(name, field=data.field, **options)
         sft, grpo = config.sft, config.grpo
         if makes_problems(name):
-            task, answer_form = _task(config, name)
-            ask = asking(tokenizer, answer_form, form=grpo.prompt_form, system=grpo.system)
+            form = _answer_form(config, name)
+            ask = asking(tokenizer, form, form=grpo.prompt_form, system=grpo.system)
             take = TakeExample(tokenizer, data.seq_len, sft.loss_on, "text", sft.overlong)
-            return part_of(answered(task, take, ask, answer_form), part, data.held_out)
+            reader = answered(_task(config, name), take, ask, form, name=name, on_error=data.on_error)
+            return part_of(reader, part, data.held_out)
         return open_examples(name, TakeExample(tokenizer, data.seq_len, sft.loss_on, sft.form, sft.overlong), **options)
 
     def as_tokens(reader: Reader) -> Documents:
@@ -125,34 +128,46 @@ def task_data(config: Config) -> TaskData:
     """
     data, options, training = config.data, config.grpo, config.training
     tokenizer = tokenizer_of(config)
-
-    def opened(name: str) -> tuple[Task, dict[str, Any]]:
-        task, answer_form = _task(config, name)
-        return task, {"answer_form": answer_form, "threshold": options.reward_threshold}
-
-    task, fields = opened(data.corpus)
+    encode = prompt_encoder(
+        tokenizer, _answer_form(config, data.corpus), form=options.prompt_form, system=options.system
+    )
+    check = usable(encode, data.seq_len, options.max_completion, answers="task" in options.rewards)
     separate = data.eval_corpus is not None
-    problems = Stream(task, "train", 0 if separate else data.held_out, fields)
-    encode = prompt_encoder(tokenizer, fields["answer_form"], form=options.prompt_form, system=options.system)
-    encode(task.problem(0, task.levels).prompt)
+
+    def stream(name: str, part: str, task: Task) -> Stream:
+        fields = {"answer_form": _answer_form(config, name), "threshold": options.reward_threshold}
+        share = 0 if separate else data.held_out
+        return Stream(task, part, share, fields, check=check, name=name, on_error=data.on_error)
+
+    task = _task(config, data.corpus, check)
+    if options.curriculum and task.levels == 1:
+        raise ValueError(
+            f"grpo.curriculum must be false where the task has one level of difficulty, as data.corpus={data.corpus} "
+            "has: of records each needs a 'level', a task of reasoning-gym must be set harder than its easiest"
+        )
+    for level in range(1, task.levels + 1) if options.curriculum else [task.levels]:
+        stream(data.corpus, "train", task).take(level)
     evaluation = []
     if training.eval_every:
-        held_out = Stream(task, "held_out", data.held_out, fields)
-        if data.eval_corpus is not None:
-            task, fields = opened(data.eval_corpus)
-            held_out = Stream(task, "train", 0, fields)
-        evaluation = [held_out.take(task.levels) for _ in range(options.eval_prompts)]
-    return TaskData(tokenizer, problems, encode, evaluation)
+        name = data.eval_corpus or data.corpus
+        other = task if data.eval_corpus is None else _task(config, data.eval_corpus, check)
+        held_out = stream(name, "train" if separate else "held_out", other)
+        evaluation = held_out.distinct(other.levels, options.eval_prompts)
+    return TaskData(tokenizer, stream(data.corpus, "train", task), encode, evaluation)
 
 
-def _task(config: Config, name: str) -> tuple[Task, str]:
-    """The task of this name as the configuration has it, and how its answers are written."""
-    data, options = config.data, config.grpo
-    task = open_task(
-        name, parse_settings(options.task), seed=config.training.seed, subset=data.subset, split=data.split,
-        on_error=data.on_error,
+def _task(config: Config, name: str, check: Callable[[Problem], object] = lambda problem: None) -> Task:
+    """The task of this name as the configuration has it."""
+    data = config.data
+    return open_task(
+        name, parse_settings(config.grpo.task), seed=config.training.seed, subset=data.subset, split=data.split,
+        on_error=data.on_error, check=check,
     )  # fmt: skip
-    return task, task.answer_form if options.answer_form == "auto" else options.answer_form
+
+
+def _answer_form(config: Config, name: str) -> str:
+    """How the answers of the task of this name are written."""
+    return answer_form_of(name) if config.grpo.answer_form == "auto" else config.grpo.answer_form
 
 
 def place(name: str) -> str | None:

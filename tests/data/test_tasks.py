@@ -1,7 +1,10 @@
 """Tasks: problems by number, held-out ones apart, answers parsed strictly."""
 
+import datetime
 import json
+import re
 
+import numpy as np
 import pytest
 from chat_templates import CHATML
 
@@ -10,7 +13,9 @@ from heddle.data.examples import TakeExample
 from heddle.data.tasks import (
     IN_TAGS,
     Largest,
+    Problem,
     ReasoningGym,
+    Records,
     Stream,
     answered,
     asking,
@@ -19,6 +24,7 @@ from heddle.data.tasks import (
     parse_settings,
     prompt_encoder,
     score,
+    usable,
 )
 from heddle.data.tokenizers import Tokenizer
 from heddle.options import makes_problems
@@ -62,6 +68,55 @@ def test_training_never_sees_what_is_held_out():
         Stream(Largest(1), "held_out", 1e-12, FIELDS).take(1)
 
 
+def test_problems_to_evaluate_on_are_all_different(caplog):
+    held_out = Stream(Largest(2, seed=1), "held_out", 0.3, FIELDS, name="largest")
+    every = {f"{a}{b}>" for a in range(10) for b in range(10)} - {p.prompt for p in prompts(train(Largest(2)), 2, 2000)}
+    some = [problem.prompt for problem in held_out.distinct(2, 20)]
+    assert len(some) == len({*some}) == 20
+    assert not caplog.messages
+    found = Stream(Largest(2), "held_out", 0.3, FIELDS, name="largest").distinct(2, 64)
+    assert {problem.prompt for problem in found} == every  # all that there are
+    assert caplog.messages == [f"largest has {len(every)} different prompts to evaluate on, not 64"]
+    assert all(problem.fields["threshold"] == 1 for problem in found)
+
+
+def train(task, **more):
+    return Stream(task, "train", 0.3, FIELDS, **more)
+
+
+def test_a_problem_that_cannot_be_used_ends_the_run_or_is_skipped_and_counted(caplog):
+    def check(problem):
+        if problem.prompt.startswith("7"):
+            raise ValueError("it begins with 7")
+
+    bad = next(n for n in range(1000) if Largest(2).problem(n, 2).prompt.startswith("7"))
+    with pytest.raises(ValueError, match=rf"^largest:{bad}: it begins with 7$"):
+        prompts(train(Largest(2), check=check, name="largest"), 2, 1000)
+    stream = train(Largest(2), check=check, name="largest", on_error="skip")
+    assert not any(problem.prompt.startswith("7") for problem in prompts(stream, 2, 200))
+    assert stream.skipped == len(caplog.messages) > 0
+    assert caplog.messages[0] == f"largest:{bad}: it begins with 7; skipped"
+
+    def none(problem):
+        raise ValueError("never")
+
+    with pytest.raises(ValueError, match="none of 1000 problems of largest of level 1 can be used: never"):
+        train(Largest(1), check=none, name="largest", on_error="skip").take(1)
+
+
+def test_what_cannot_be_asked_or_scored_is_refused():
+    tokenizer = Tokenizer.bytes()
+    check = usable(tokenizer.encode, 8, 5, answers=True)
+    check(Problem("12>", {"answer": 2}))
+    check(Problem("12>", {"answer": None, "entry": {"answer": None}}))  # reasoning-gym's, scored by the entry
+    with pytest.raises(ValueError, match=r"room for a prompt of 4 tokens and grpo.max_completion more, 9; got 8"):
+        check(Problem("123>", {"answer": 3}))
+    for fields in ({}, {"answer": None}):
+        with pytest.raises(ValueError, match="no 'answer', which the reward 'task' compares with"):
+            check(Problem("12>", fields))
+        usable(tokenizer.encode, 8, 5, answers=False)(Problem("12>", fields))
+
+
 def test_records_are_shuffled_anew_each_time_through(tmp_path):
     path = tmp_path / "prompts.jsonl"
     records = [{"prompt": f"{i} is", "answer": i, "level": 1 + i // 3, "colour": "red"} for i in range(6)]
@@ -74,6 +129,11 @@ def test_records_are_shuffled_anew_each_time_through(tmp_path):
     assert {task.problem(i, 1).fields["answer"] for i in range(3)} == {0, 1, 2}
     assert task.problem(0, 2).fields["colour"] == "red"
     assert score("4 ", task="records", answer=4, **FIELDS) == 1
+    # What refuses a problem refuses a record, by its line.
+    with pytest.raises(ValueError, match=r"prompts.jsonl:5: not this"):
+        open_task(str(path), check=refuse_the_fourth)
+    skipping = open_task(str(path), check=refuse_the_fourth, on_error="skip")
+    assert {skipping.problem(i, 2).fields["answer"] for i in range(50)} == {0, 1, 2, 3, 5}
     for line, message in (
         ('{"question": 1}', "no 'prompt'; it has question"),
         ('{"prompt": 3}', "'prompt' must be text or messages, got 3"),
@@ -82,6 +142,58 @@ def test_records_are_shuffled_anew_each_time_through(tmp_path):
         path.write_text(line + "\n")
         with pytest.raises(ValueError, match=message):
             open_task(str(path))
+
+
+def refuse_the_fourth(problem):
+    if problem.fields["answer"] == 4:
+        raise ValueError("not this")
+
+
+def test_levels_of_records_count_in_their_order_and_orders_are_made_once_an_epoch(monkeypatch):
+    records = [{"prompt": str(i), "level": (7, 2, 30)[i % 3]} for i in range(30)]
+    task = Records(records, seed=1)
+    assert task.levels == 3
+    for level, expected in ((1, {2}), (2, {2, 7}), (3, {2, 7, 30})):
+        count = 10 * level
+        epochs = [[task.problem(i, level).prompt for i in range(at, at + count)] for at in (0, count)]
+        assert {task.problem(i, level).fields["level"] for i in range(count)} == expected
+        assert epochs[0] != epochs[1]
+        assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(r["prompt"] for r in records if r["level"] in expected)
+    task, made, make = Records(records, seed=1), [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or make(seed))
+    for i in range(60):
+        task.problem(i, 3), task.problem(i // 3, 1)
+    assert made == [[1, 0], [1, 0], [1, 1], [1, 1]]  # of two levels two epochs
+
+
+def test_reasoning_gyms_seeds_share_no_problems():
+    """The package seeds problem n of seed s by s + n."""
+    tasks = [open_task("reasoning-gym:chain_sum", {"min_digits": 9, "max_digits": 9}, seed=seed) for seed in range(4)]
+    asked = [task.problem(i, task.levels).prompt for task in tasks for i in range(20)]
+    assert len({*asked}) == len(asked)
+
+
+def test_reasoning_gyms_levels_lead_up_to_the_task_as_it_is_set():
+    def terms(level, settings=None):
+        task = open_task("reasoning-gym:chain_sum", settings)
+        asked = [task.problem(i, level).prompt.partition(": ")[2].removesuffix(" =") for i in range(200)]
+        numbers = [re.split(r" [-+] ", text) for text in asked]
+        return max(map(len, numbers)), max(len(number) for each in numbers for number in each)
+
+    # By default up to six terms of four digits; the package goes on to twelve of ten.
+    assert open_task("reasoning-gym:chain_sum").levels == 5
+    assert [terms(level) for level in range(1, 6)] == [(2, 1), (3, 2), (4, 3), (5, 4), (6, 4)]
+    few = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
+    assert open_task("reasoning-gym:chain_sum", few).levels == 2
+    assert [terms(level, few) for level in (1, 2)] == [(2, 1), (3, 1)]
+    # What the curriculum says nothing of is as it is set, at each level.
+    signed = open_task("reasoning-gym:chain_sum", {"allow_negation": True})
+    assert any(": -" in signed.problem(i, 1).prompt for i in range(30))
+    easiest = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    assert open_task("reasoning-gym:chain_sum", easiest).levels == 1
+    # Less is harder: of zeros in a matrix. The easiest step has half.
+    assert open_task("reasoning-gym:binary_matrix", {"p_zero": 0.6}).levels == 1
+    assert open_task("reasoning-gym:binary_matrix", {"p_zero": 0.2}).levels == 2
 
 
 def test_reasoning_gym_strictly():
@@ -142,6 +254,28 @@ def test_prompts_as_text_and_as_chat():
     assert "Be long." in written("12>", system="Be long.")
 
 
+def test_a_template_that_writes_todays_date_writes_the_same_in_training_on_each_day(monkeypatch):
+    """Llama 3's does; a run that went on after midnight would train on other tokens."""
+    tokenizer = Tokenizer.bytes()
+    tokenizer.chat_template = "{{- 'Today is ' + strftime_now('%d %b %Y') + '.' }}" + CHATML
+    record = {"prompt": "12>", "completion": "2"}
+
+    def texts():
+        trained = [TakeExample(tokenizer, 999)(record)[1].tokens.tolist(), prompt_encoder(tokenizer, "whole")("12>")]
+        return [*map(tokenizer.decode, trained), tokenizer.chat([{"role": "user", "content": "12>"}])]
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 2, 3)
+
+    assert all(text.startswith("Today is 26 Jul 2024.") for text in texts()[:2])
+    monkeypatch.setattr("heddle.data.chat.datetime.datetime", Tomorrow)
+    *trained, served = texts()
+    assert all(text.startswith("Today is 26 Jul 2024.") for text in trained)
+    assert served.startswith("Today is 03 Feb 2031.")
+
+
 @pytest.mark.parametrize("form", ["text", "chat"])
 def test_right_answers_are_examples_of_what_rewards_are_for(form):
     tokenizer = Tokenizer.bytes()
@@ -163,6 +297,27 @@ def test_right_answers_are_examples_of_what_rewards_are_for(form):
     later, other = next(reader(0, cursors[4]))[1], next(reader(1, None))[1]
     assert later.tokens.tolist() == list(reader_tokens(reader, 6))[5]
     assert other.tokens.tolist() != next(reader_tokens(reader, 1))
+
+
+def test_an_example_that_fills_its_row_is_a_broken_line(caplog):
+    tokenizer = Tokenizer.bytes()
+    long = [f"{n % 10}" * (n % 7 + 1) for n in range(50)]
+    task = Records([{"prompt": text, "answer": text[0]} | {"level": 1} for text in long])
+    first = next(i for i in range(50) if len(task.problem(i, 1).prompt) > 3)
+
+    def reader(**more):
+        take = TakeExample(tokenizer, 5, overlong="refuse")
+        return answered(task, take, asking(tokenizer, "whole"), "whole", name="some", **more)(0, None)
+
+    with pytest.raises(ValueError, match=rf"^some:{first}: .*more than the 5 of a row"):
+        list(reader())
+    for _, (_, example, _) in zip(range(30), reader(on_error="skip")):
+        assert len(example.tokens) <= 5
+    assert caplog.messages[0].startswith(f"some:{first}: ")
+    # Some of reasoning-gym's have no one answer.
+    none = answered(Records([{"prompt": "?", "answer": None, "level": 1}]), TakeExample(tokenizer, 5), str, "whole")
+    with pytest.raises(ValueError, match=r"^task:0: no 'answer' to learn$"):
+        next(none(0, None))
 
 
 def reader_tokens(reader, count):

@@ -1,5 +1,6 @@
 """GRPO runs: rollouts are what `generate` says, steps don't depend on parts, and a run goes on exactly."""
 
+import json
 import sys
 from operator import itemgetter
 
@@ -155,6 +156,108 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(options, tmp_path):
     trainer = run(load_config(None, again))
     assert curve(tmp_path / "again") == whole
     assert trainer.state.reference is not None
+
+
+def test_the_reference_moves_as_it_is_set(options):
+    """By hand: r ← (1 - α) r + α π after each n steps, as TRL's sync_ref_model has it."""
+    how = ["grpo.beta=0.1", "grpo.reference_every=2", "grpo.reference_mix=0.25"]
+    trainer, _ = prepare(load_config(None, [*options, *how]))
+
+    def arrays(variables):
+        return [np.array(x) for x in jax.tree.leaves(variables)]
+
+    expected, policies = arrays(trainer.state.reference), []
+    for before, initial in zip(expected, arrays(trainer.state.model), strict=True):
+        np.testing.assert_array_equal(before, initial)
+    step = trainer._step
+
+    def noting(state, parts):
+        state, measured = step(state, parts)
+        jax.debug.callback(lambda *x: policies.append([np.array(each) for each in x]), *jax.tree.leaves(state.model))
+        return state, measured
+
+    trainer._step = noting
+    trainer.fit()
+    jax.effects_barrier()
+    assert len(policies) == 5
+    for policy in (policies[1], policies[3]):
+        expected = [0.75 * r + 0.25 * p for r, p in zip(expected, policy, strict=True)]
+    for found, by_hand in zip(arrays(trainer.state.reference), expected, strict=True):
+        np.testing.assert_allclose(found, by_hand, rtol=1e-6, atol=1e-7)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(expected, policies[0], strict=True))
+
+
+# ---------------------------------------------------------------------- problems and rewards that are of no use
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [f"data.corpus={path}", "grpo.task=null"]
+
+
+def test_prompts_that_are_too_long_are_found_before_the_run_or_skipped(options, tmp_path, caplog):
+    records = [{"prompt": "a" * (i % 7 + 1), "answer": "a"} for i in range(70)]
+    records[40]["prompt"] = "b" * 8  # and 5 of a completion
+    corpus = jsonl(tmp_path / "prompts.jsonl", records)
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:41: data\.seq_len must have room for a prompt of 8 tokens"):
+        prepare(load_config(None, [*options, *corpus]))
+    skipping = [*options, *corpus, "data.on_error=skip"]
+    trainer, _ = prepare(load_config(None, skipping))
+    assert "prompts.jsonl:41: data.seq_len must have room" in caplog.text
+    assert not any(set(trainer._rollouts.problems.take(1).prompt) == {"b"} for _ in range(140))
+    # Of a task without an end they are met on the way.
+    sums = "grpo.task=[min_terms=2,max_terms=3,min_digits=1,max_digits=1]"
+    endless = [*options, "data.corpus=reasoning-gym:chain_sum", sums, "grpo.system=''", "grpo.max_completion=1"]
+    endless += ["data.seq_len=68", "training.batch_size=32"]  # two terms are 67 bytes, three are 71
+    with pytest.raises(
+        ValueError, match=r"reasoning-gym:chain_sum:\d+: data\.seq_len must have room for a prompt of 71"
+    ):
+        roll(endless)
+    measured, stream = roll([*endless, "data.on_error=skip"])
+    assert measured["skipped_problems"] == stream.skipped > 0
+
+
+def roll(options):
+    trainer, _ = prepare(load_config(None, options))
+    with trainer._rollouts.rewards:
+        return trainer._rollouts.roll(trainer.model).measured, trainer._rollouts.problems
+
+
+def test_a_task_without_answers_is_refused_where_they_are_compared(options, tmp_path):
+    corpus = jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a", "answer": "a"}, {"prompt": "b"}, {"prompt": "c"}])
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:2: no 'answer', which the reward 'task' compares with"):
+        prepare(load_config(None, [*options, *corpus, "grpo.rewards=[task]"]))
+    prepare(load_config(None, [*options, *corpus]))
+
+
+def test_a_run_whose_rewards_never_apply_ends(options, tmp_path):
+    never = [*options, "grpo.rewards=[reward_functions:words]", "training.max_nonfinite=3"]
+    with pytest.raises(
+        FloatingPointError, match="3 rollouts in a row had no completion that a reward applies to, of words"
+    ):
+        run(load_config(None, never))
+    assert [record["not_applicable"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 1]
+
+
+def test_a_curriculum_needs_levels(options, tmp_path):
+    curriculum = [*options, "grpo.curriculum=true"]
+    alike = jsonl(tmp_path / "prompts.jsonl", [{"prompt": str(i), "answer": i} for i in range(9)])
+    terms = "grpo.task=[min_terms=2,max_terms=2,min_digits=1,max_digits=1]"
+    for how in (alike, ["data.corpus=reasoning-gym:chain_sum", terms, "data.seq_len=600"], ["grpo.task=[digits=1]"]):
+        with pytest.raises(
+            ValueError, match=r"grpo\.curriculum must be false where the task has one level of difficulty"
+        ):
+            prepare(load_config(None, [*curriculum, *how]))
+    apart = jsonl(tmp_path / "prompts.jsonl", [{"prompt": str(i), "answer": i, "level": i % 2 + 1} for i in range(9)])
+    prepare(load_config(None, [*curriculum, *apart]))
+
+
+def test_problems_to_evaluate_on_are_different_ones(options, caplog):
+    how = ["training.eval_every=5", "grpo.eval_prompts=64"]
+    trainer, _ = prepare(load_config(None, [*options, *how]))
+    prompts = [problem.prompt for problem in trainer._evaluation]
+    assert 5 < len(prompts) == len({*prompts}) < 64
+    assert f"largest has {len(prompts)} different prompts to evaluate on, not 64" in caplog.text
 
 
 # ---------------------------------------------------------------------- the command

@@ -8,7 +8,9 @@ whatever else rewards are told, such as ``answer`` (of Parquet that alone) and, 
 from __future__ import annotations
 
 import ast
+import bisect
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,17 +20,19 @@ import numpy as np
 
 from heddle.options import ANSWER_FORMS, GYM, LARGEST, SFT_FORMS
 
-from .chat import ASSISTANT, Message
-from .corpora import Reader, Take, is_held_out, open_records
+from .chat import ASSISTANT, Message, render, training_names
+from .corpora import Reader, Take, is_held_out, open_records, report_broken
 from .tokenizers import Tokenizer
 
 BUILTIN = f"{LARGEST}, {GYM}NAME"
 OPEN, CLOSE = "<answer>", "</answer>"
 IN_TAGS = f"Put the final answer, and nothing else, between {OPEN} and {CLOSE}, at the very end."
 
-_ENDLESS = 2**30  #: problems of a task that makes them up
+_ENDLESS = 2**22  #: problems of a task of reasoning-gym, before they come again; some tasks list them all
 _EPOCH = 10_000  #: of those, what one time through is to who reads them as examples
-_TRIES = 1000  #: problems looked at for one that is held out, or isn't
+_TRIES = 1000  #: problems looked at for one that is held out, or isn't; or that asks something new
+
+log = logging.getLogger(__name__)
 
 
 class Problem(NamedTuple):
@@ -65,27 +69,61 @@ class Stream:
         part: ``"train"`` or ``"held_out"``.
         held_out: the share of all prompts that is held out, by their hash.
         fields: what rewards are told of every problem.
+        check: refuses a problem that can't be used, by a ValueError that says why in one clause.
+        name: of the task, for what is said of a problem that is refused.
+        on_error: what such a problem does: ``"fail"`` or ``"skip"``.
     """
 
-    def __init__(self, task: Task, part: str, held_out: float, fields: Mapping[str, Any]):
+    def __init__(
+        self, task: Task, part: str, held_out: float, fields: Mapping[str, Any], *,
+        check: Callable[[Problem], object] = lambda problem: None, name: str = "task", on_error: str = "fail",
+    ):  # fmt: skip
         self.task, self.next = task, 0  #: the number of the next problem that is looked at
+        self.skipped = 0  #: problems that were refused and passed over
         self._part, self._share, self._fields = part, held_out, fields
+        self._check, self._name, self._on_error = check, name, on_error
 
     def take(self, level: int) -> Problem:
         """The next problem.
 
         Raises:
-            ValueError: so many problems in a row belong to the other part that this one must be empty.
+            ValueError: a problem that is refused, unless such are skipped; so many problems in a row are refused or
+                belong to the other part that this one must be empty.
         """
+        refused = ""
         for _ in range(_TRIES):
-            problem = self.task.problem(self.next, level)
+            number, problem = self.next, self.task.problem(self.next, level)
             self.next += 1
-            if is_held_out(_key(problem), self._share) == (self._part == "held_out"):
-                return Problem(problem.prompt, {**problem.fields, **self._fields})
+            if is_held_out(_key(problem), self._share) != (self._part == "held_out"):
+                continue
+            try:
+                self._check(problem)
+            except ValueError as error:
+                refused = str(error)
+                report_broken(f"{self._name}:{number}", refused, self._on_error)
+                self.skipped += 1
+                continue
+            return Problem(problem.prompt, {**problem.fields, **self._fields})
+        if refused:
+            raise ValueError(f"none of {_TRIES} problems of {self._name} of level {level} can be used: {refused}")
         raise ValueError(
             f"data.held_out={self._share} leaves none of {_TRIES} problems of level {level} "
             + ("to evaluate on: raise it" if self._part == "held_out" else "to train on: lower it")
         )
+
+    def distinct(self, level: int, count: int) -> list[Problem]:
+        """The next problems whose prompts all differ: fewer than ``count``, with a warning, where so many in a row ask
+        nothing new that there can't be more."""
+        found: dict[str, Problem] = {}
+        repeated = 0
+        while len(found) < count and repeated < _TRIES:
+            problem = self.take(level)
+            key = _key(problem)
+            repeated = repeated + 1 if key in found else 0
+            found.setdefault(key, problem)
+        if len(found) < count:
+            log.warning("%s has %d different prompts to evaluate on, not %d", self._name, len(found), count)
+        return [*found.values()]
 
 
 def _key(problem: Problem) -> str:
@@ -94,7 +132,7 @@ def _key(problem: Problem) -> str:
 
 def open_task(
     name: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0, subset: str | None = None,
-    split: str = "train", on_error: str = "fail",
+    split: str = "train", on_error: str = "fail", check: Callable[[Problem], object] = lambda problem: None,
 ) -> Task:  # fmt: skip
     """The task of this name.
 
@@ -106,6 +144,7 @@ def open_task(
         subset: of a dataset of the hub.
         split: of a dataset of the hub.
         on_error: what a broken record does: ``"fail"`` or ``"skip"``.
+        check: what makes a record a broken one too, see :class:`Stream`.
 
     Raises:
         ValueError: a name that stands for no task, settings that the task hasn't, records without prompts.
@@ -122,7 +161,7 @@ def open_task(
     if settings:
         raise ValueError(f"settings are for {BUILTIN} alone, got {settings} for {name}")
     reader = open_records(
-        name, _TakeRecord(), seed=None, on_error=on_error, subset=subset, split=split, builtin=BUILTIN
+        name, _TakeRecord(check), seed=None, on_error=on_error, subset=subset, split=split, builtin=BUILTIN
     )
     records = [] if reader is None else [record for _, record, _ in reader(0, None)]
     if not records:
@@ -147,8 +186,8 @@ class Largest:
 class ReasoningGym:
     """A task of the package reasoning-gym (arXiv 2505.24760).
 
-    Its levels are those of its curriculum, where it has one; the highest one, which is what is asked without a
-    curriculum, is then the task as ``settings`` have it.
+    Its highest level, which is what is asked without a curriculum, is the task as ``settings`` have it. Below it are
+    the steps of the package's own curriculum for the task, where it has one, that are no harder in any respect.
 
     Raises:
         ValueError: no such task, or settings that it hasn't.
@@ -162,55 +201,79 @@ class ReasoningGym:
         factory = _gym()
         if name not in factory.DATASETS:
             raise ValueError(f"reasoning-gym has no task {name!r}; it has {', '.join(sorted(factory.DATASETS))}")
-        self._levels: list[dict[str, Any]] = []
-        if factory.has_curriculum(name):
-            curriculum = factory.create_curriculum(name)
-            steps = max((len(a.levels) for a in curriculum.attributes.values()), default=0)
-            for step in range(steps):
-                curriculum.set_global_level(step)
-                config = vars(curriculum.generate_configuration()).items()
-                self._levels.append({key: value for key, value in config if key not in ("seed", "size")})
-        self._levels = [*({**level, **settings} for level in self._levels), self.settings]
+        # The package seeds a problem by the sum of seed and number: seeds side by side would share their problems.
+        self._seed = int(np.random.SeedSequence([seed]).generate_state(1)[0]) % 2**31
+        target = self._dataset(self.settings)
+        self._levels = [*self._easier(vars(target.config)), self.settings]
         self.levels = len(self._levels)
-        self._datasets: dict[int, Any] = {}
-        self.problem(0, self.levels)
+        self._datasets: dict[int, Any] = {self.levels: target}
 
     def problem(self, index: int, level: int) -> Problem:
         """See :meth:`Task.problem`."""
         if level not in self._datasets:
-            try:
-                dataset = _gym().create_dataset(
-                    self.name, seed=self._seed % 2**31, size=_ENDLESS, **self._levels[level - 1]
-                )
-            except (TypeError, AssertionError, ValueError) as error:
-                raise ValueError(f"reasoning-gym's {self.name} can't be set to {self.settings}: {error}") from None
-            self._datasets[level] = dataset
-        entry = self._datasets[level][index]
+            self._datasets[level] = self._dataset(self._levels[level - 1])
+        entry = self._datasets[level][index % _ENDLESS]
         return Problem(entry["question"], {"task": GYM + self.name, "answer": entry["answer"], "entry": entry})
 
+    def _dataset(self, settings: Mapping[str, Any]) -> Any:
+        try:
+            dataset = _gym().create_dataset(self.name, seed=self._seed, size=_ENDLESS, **settings)
+            dataset[0]
+        except (TypeError, AssertionError, ValueError) as error:
+            raise ValueError(f"reasoning-gym's {self.name} can't be set to {self.settings}: {error}") from None
+        return dataset
 
-@dataclass(frozen=True)
+    def _easier(self, target: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """The steps of the curriculum that come before the task of these settings, the easiest first."""
+        if not _gym().has_curriculum(self.name):
+            return
+        curriculum = _gym().create_curriculum(self.name)
+        harder = {}  # of each setting that makes the task harder, which way
+        governed = set()  # what the curriculum sets; the rest is as the task has it
+        for attribute in curriculum.attributes.values():
+            fields = [getattr(attribute, f"{which}field_name", None) for which in ("", "lower_", "upper_")]
+            governed.update(fields)
+            if all(isinstance(value, (int, float)) for value in attribute.levels):
+                harder[fields[0] or fields[2]] = np.sign(attribute.levels[-1] - attribute.levels[0])
+        for step in range(max((len(a.levels) for a in curriculum.attributes.values()), default=0)):
+            curriculum.set_global_level(step)
+            there = vars(curriculum.generate_configuration())
+            level = {**self.settings, **{name: value for name, value in there.items() if name in governed}}
+            beyond = any(
+                target[name] is not None and sign * there[name] > sign * target[name] for name, sign in harder.items()
+            )
+            if not beyond and any(value != target[name] for name, value in level.items()):
+                yield level
+
+
 class Records:
-    """Prompts that stand in a file, shuffled anew for each time through."""
+    """Prompts that stand in a file, shuffled anew for each time through. Their levels are numbered in their order."""
 
-    records: Sequence[dict[str, Any]]
-    seed: int = 0
-    answer_form: str = "whole"
+    answer_form = "whole"
 
-    @property
-    def levels(self) -> int:
-        return max(record["level"] for record in self.records)
+    def __init__(self, records: Sequence[dict[str, Any]], seed: int = 0):
+        self._seed, self._records = seed, sorted(records, key=lambda record: record["level"])
+        own = [record["level"] for record in self._records]
+        self._counts = [bisect.bisect(own, level) for level in sorted({*own})]  # of this level and those below
+        self.levels = len(self._counts)
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each level the last epoch's
 
     def problem(self, index: int, level: int) -> Problem:
         """See :meth:`Task.problem`: of this level or a lower one."""
-        records = [record for record in self.records if record["level"] <= level] or self.records
-        epoch, at = divmod(index, len(records))
-        record = records[np.random.default_rng([self.seed, epoch]).permutation(len(records))[at]]
-        return Problem(record["prompt"], {"task": "records", **record})
+        count = self._counts[level - 1]
+        epoch, at = divmod(index, count)
+        if level not in self._orders or self._orders[level][0] != epoch:
+            self._orders[level] = epoch, np.random.default_rng([self._seed, epoch]).permutation(count)
+        return _of_record(self._records[self._orders[level][1][at]])
+
+
+def _of_record(record: dict[str, Any]) -> Problem:
+    return Problem(record["prompt"], {"task": "records", **record})
 
 
 @dataclass
 class _TakeRecord:
+    check: Callable[[Problem], object]
     fields: tuple[str, ...] = field(default=("prompt", "answer", "level"), init=False)
 
     def __call__(self, record: Any) -> tuple[str, dict[str, Any]]:
@@ -224,7 +287,14 @@ class _TakeRecord:
         level = record.get("level", 1)
         if isinstance(level, bool) or not isinstance(level, int) or level < 1:
             raise ValueError(f"'level' must be an integer of at least 1, got {level!r}")
-        return json.dumps(prompt, default=str), {**record, "level": level}
+        record = {**record, "level": level}
+        self.check(_of_record(record))
+        return json.dumps(prompt, default=str), record
+
+
+def answer_form_of(name: str) -> str:
+    """:attr:`Task.answer_form` of the task of this name, before it is opened."""
+    return ReasoningGym.answer_form if name.startswith(GYM) else Records.answer_form
 
 
 def parse_settings(settings: Sequence[str] | None) -> dict[str, Any]:
@@ -284,12 +354,45 @@ def prompt_encoder(
         asked = ask(prompt)
         if isinstance(asked, str):
             return tokenizer.encode(asked)
-        return tokenizer.encode(tokenizer.chat(asked), add_special=False)
+        if not tokenizer.chat_template:
+            raise ValueError("messages need a tokenizer with a chat template, this one has none")
+        names = training_names(tokenizer.template_names)
+        text = render(tokenizer.chat_template, asked, names, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special=False)
 
     return encode
 
 
-def answered(task: Task, take: Take, ask: Callable[[Any], str | list[Message]], answer_form: str) -> Reader:
+def usable(
+    encode: Callable[[Any], list[int]], seq_len: int, max_completion: int, *, answers: bool
+) -> Callable[[Problem], None]:
+    """What refuses a problem that can't be learned from, see :class:`Stream`.
+
+    Args:
+        encode: makes a prompt into token ids.
+        seq_len: tokens of a prompt and its completion.
+        max_completion: tokens of a completion.
+        answers: whether a problem must have one, for the task's own score.
+    """
+
+    def check(problem: Problem) -> None:
+        needed = len(encode(problem.prompt)) + max_completion
+        if needed > seq_len:
+            raise ValueError(
+                f"data.seq_len must have room for a prompt of {needed - max_completion} tokens and grpo.max_completion "
+                f"more, {needed}; got {seq_len}"
+            )
+        # Of reasoning-gym's tasks some are scored without one, by all that the package says of the problem.
+        if answers and all(problem.fields.get(name) is None for name in ("answer", "entry")):
+            raise ValueError("no 'answer', which the reward 'task' compares with")
+
+    return check
+
+
+def answered(
+    task: Task, take: Take, ask: Callable[[Any], str | list[Message]], answer_form: str, *, name: str = "task",
+    on_error: str = "fail",
+) -> Reader:  # fmt: skip
     """A task's problems of its highest level with their right answers, as examples to learn from.
 
     Each has the key by which :class:`Stream` deals problems, so that what is held out from one is from the other.
@@ -300,15 +403,25 @@ def answered(task: Task, take: Take, ask: Callable[[Any], str | list[Message]], 
         take: what makes a record of ``prompt`` and ``completion`` into an example.
         ask: see :func:`asking`.
         answer_form: how answers are written.
+        name: of the task, for what is said of a problem that ``take`` refuses, or that has no one answer.
+        on_error: what such a problem does: ``"fail"`` or ``"skip"``.
     """
 
     def read(epoch: int, cursor: Any) -> Iterator[tuple[str, Any, Any]]:
         for number in range(cursor or 0, _EPOCH):
-            problem = task.problem(epoch * _EPOCH + number, task.levels)
-            prompt, answer = ask(problem.prompt), str(problem.fields["answer"])
-            said = f"{OPEN}{answer}{CLOSE}" if answer_form == "tags" else answer
+            at = epoch * _EPOCH + number
+            problem = task.problem(at, task.levels)
+            prompt, answer = ask(problem.prompt), problem.fields["answer"]
+            said = f"{OPEN}{answer}{CLOSE}" if answer_form == "tags" else str(answer)
             completion = said if isinstance(prompt, str) else [{"role": ASSISTANT, "content": said}]
-            yield _key(problem), take({"prompt": prompt, "completion": completion})[1], number + 1
+            try:
+                if answer is None:
+                    raise ValueError("no 'answer' to learn")
+                example = take({"prompt": prompt, "completion": completion})[1]
+            except ValueError as error:
+                report_broken(f"{name}:{at}", str(error), on_error)
+                continue
+            yield _key(problem), example, number + 1
 
     return read
 

@@ -85,6 +85,7 @@ class Rollouts:
         rows: completions of a rollout, a multiple of ``options.num_generations``.
         row_len: tokens of a prompt and its completion, at most.
         seed: of the random choices.
+        max_unrewarded: rollouts in a row without a reward that applies to any completion, which end the run.
     """
 
     def __init__(
@@ -98,40 +99,59 @@ class Rollouts:
         rows: int,
         row_len: int,
         seed: int,
+        max_unrewarded: int = 5,
     ):
         self.rows, self.row_len = rows, row_len
         self.problems, self.rewards = problems, rewards
         self._encode, self._tokenizer, self._options, self._seed = encode, tokenizer, options, seed
         self._count, self._engines = 0, []
+        self._unrewarded, self._max_unrewarded = 0, max_unrewarded
         self._level = 1 if options.curriculum else problems.task.levels
         self._recent: deque[float] = deque(maxlen=options.curriculum_prompts)
 
     def state(self) -> dict[str, Any]:
         """Where it stands, as JSON has it: the next rollout follows from this, the seed and the weights."""
-        return {"next": self.problems.next, "count": self._count, "level": self._level, "recent": [*self._recent]}
+        return {
+            "next": self.problems.next, "count": self._count, "level": self._level, "recent": [*self._recent],
+            "unrewarded": self._unrewarded,
+        }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
         """Stand where :meth:`state` said."""
         self.problems.next, self._count, self._level = state["next"], state["count"], state["level"]
+        self._unrewarded = state["unrewarded"]
         self._recent.clear()
         self._recent.extend(state["recent"])
 
     def roll(self, model: Any) -> Rollout:
-        """Sample the next prompts' completions with ``model``, and reward them."""
+        """Sample the next prompts' completions with ``model``, and reward them.
+
+        Raises:
+            ValueError: a problem that can't be asked, see :meth:`heddle.data.tasks.Stream.take`.
+            FloatingPointError: so many rollouts in a row had no reward that applies.
+        """
         options, group = self._options, self._options.num_generations
         random = np.random.default_rng([self._seed, self._count])
         easiest = 1 if options.curriculum else self._level
         levels = random.integers(easiest, self._level, self.rows // group, endpoint=True).tolist()
+        skipped = self.problems.skipped
         problems = [self.problems.take(level) for level in levels]
         prompts = [self._encode(problem.prompt) for problem in problems]
         completions, each = self._answer(model, problems, prompts, group, self._count)
         total = self.rewards.total(each)
+        self._unrewarded = self._unrewarded + 1 if np.isnan(total).all() else 0
+        if self._unrewarded >= self._max_unrewarded:
+            raise FloatingPointError(
+                f"{self._unrewarded} rollouts in a row had no completion that a reward applies to, of "
+                f"{', '.join(self.rewards.names)}; the log says why"
+            )
         advantages, flat = group_advantages(total.reshape(-1, group), options.scale_rewards)
         batch = rollout_batch(
             [prompt for prompt in prompts for _ in range(group)], completions, advantages.reshape(-1), options,
             self.row_len,
         )  # fmt: skip
-        measured = _measured(total, each, self.rewards.names, completions, flat) | {"level": self._level}
+        measured = _measured(total, each, self.rewards.names, completions, flat)
+        measured |= {"skipped_problems": self.problems.skipped - skipped, "level": self._level}
         self._count += 1
         self._climb(levels, total.reshape(-1, group))
         return Rollout(batch, measured)
