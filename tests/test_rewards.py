@@ -11,6 +11,7 @@ import pytest
 import reward_functions
 from reward_functions import answer, length
 
+from heddle.metrics import read_metrics
 from heddle.rewards import RewardPool, find_reward
 
 CASES = "reward_functions"
@@ -66,7 +67,7 @@ def test_what_is_not_a_number_does_not_apply(caplog):
     ("arguments", "message"),
     [
         (([],), "rewards must name at least one function, got none"),
-        ((["nothing"],), "a reward must be task or module:function, got 'nothing'"),
+        ((["nothing"],), "a reward must be task, module:function or an entry point of heddle.rewards, got 'nothing'"),
         ((["no_such_module:f"],), "reward no_such_module:f can't be found: No module named 'no_such_module'"),
         (([f"{CASES}:no"],), "reward reward_functions:no can't be found: module 'reward_functions' has no attribute"),
         (([f"{CASES}:not_a_function"],), "must be a function, got int"),
@@ -79,6 +80,38 @@ def test_what_is_no_reward_is_refused_at_once(arguments, message):
     with pytest.raises(ValueError, match=r"timeout must be positive, got 0\.0"):
         RewardPool([answer], timeout=0.0)
     assert find_reward(f"{CASES}:length") is reward_functions.length
+
+
+INSTALLED = """
+import sys
+from heddle.cli import main
+sys.argv = ["heddle", "train", *sys.argv[1:]]
+main()
+"""
+TINY = [
+    "training.objective=grpo", "data.corpus=largest", "grpo.task=[digits=1]", "data.seq_len=4", "model.hidden_size=8",
+    "model.intermediate_size=8", "model.num_hidden_layers=1", "model.num_attention_heads=1",
+    "model.num_key_value_heads=1", "training.batch_size=2", "training.max_steps=1", "training.eval_every=0",
+    "grpo.num_generations=2", "grpo.max_completion=1", "data.held_out=0", "training.checkpoint_every=0",
+]  # fmt: skip
+
+
+def test_rewards_of_the_working_directory_and_of_packages_are_found_by_the_command(tmp_path):
+    (tmp_path / "nearby.py").write_text("def half(**_):\n    return 0.5\n")
+    package = tmp_path / "packages"
+    (package / "registered-1.dist-info").mkdir(parents=True)
+    (package / "registered-1.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: registered\nVersion: 1\n"
+    )
+    (package / "registered-1.dist-info" / "entry_points.txt").write_text("[heddle.rewards]\nquarter = registered:one\n")
+    (package / "registered.py").write_text("def one(**_):\n    return 0.25\n")
+    # As a console script is run: the directory isn't on its path.
+    command = [sys.executable, "-P", "-c", INSTALLED, *TINY, "grpo.rewards=[nearby:half,quarter]", "output=run"]
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [record] = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert (record["reward_half"], record["reward_quarter"], record["reward"]) == (0.5, 0.25, 0.75)
 
 
 PROGRAM = """

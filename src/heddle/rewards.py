@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import logging
 import math
 import multiprocessing
 import multiprocessing.connection
+import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +29,7 @@ Reward = Callable[..., "float | None"]
 
 TASK = "task"  #: names the task's own score
 _TASK_SCORE = "heddle.data.tasks:score"
+GROUP = "heddle.rewards"  #: of the entry points by which packages offer rewards
 _STARTING = 60.0  #: seconds that a process may take to start
 
 
@@ -37,8 +41,7 @@ class RewardPool:
     logged, with its prompt and completion. A context manager; :meth:`close` ends the processes.
 
     Args:
-        rewards: functions that pickle by their name, or entry points ``"module:function"``; ``"task"``: the score of
-            the task itself, :func:`heddle.data.tasks.score`.
+        rewards: functions that pickle by their name, or names as of :func:`find_reward`.
         weights: of each in the sum; None: 1.
         workers: processes.
         timeout: seconds for one reward of one completion.
@@ -137,14 +140,22 @@ class RewardPool:
 
 
 def find_reward(name: str) -> Reward:
-    """The function that an entry point ``"module:function"`` names, or ``"task"``.
+    """The function of a name: ``"module:function"``, of a module that is installed or stands in the working directory;
+    the name of an entry point of the group ``heddle.rewards``, of a package that is installed; or ``"task"``, the score
+    of the task itself, :func:`heddle.data.tasks.score`.
 
     Raises:
         ValueError: there is none.
     """
-    module, colon, function = (_TASK_SCORE if name == TASK else name).partition(":")
+    value = _TASK_SCORE if name == TASK else name
+    for entry_point in importlib.metadata.entry_points(group=GROUP, name=value):
+        value = f"{entry_point.module}:{entry_point.attr}"
+    module, colon, function = value.partition(":")
     if not (module and colon and function):
-        raise ValueError(f"a reward must be {TASK} or module:function, got {name!r}")
+        raise ValueError(f"a reward must be {TASK}, module:function or an entry point of {GROUP}, got {name!r}")
+    # A console script hasn't it there. At the end, so that no file here hides a library; processes inherit the path.
+    if not {"", os.getcwd()} & {*sys.path}:
+        sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
