@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from heddle.cli import app
 from heddle.data.tokenizers import LLAMA3_SPECIAL, Tokenizer
-from heddle.jax import Transformer, generate
+from heddle.jax import Transformer, generate, generation, terminal
 from heddle.jax.terminal import Conversation, Speed
 
 TEMPLATE = (
@@ -72,6 +72,21 @@ def test_an_answer_goes_to_stdout_and_its_speed_to_stderr(folder, pair):
     assert "9 tokens at" in result.stderr
 
 
+def test_penalties_a_cache_and_a_tokenizer_of_ones_own(folder, pair, tmp_path):
+    from heddle.jax import sampler
+
+    words = pair[1]
+    Tokenizer(words.backend, words.special, chat_template="({{ messages[0].content }}").save_pretrained(tmp_path)
+    penalties = ["--presence-penalty", "0.5", "--frequency-penalty", "5"]
+    options = ["--max-tokens", "9", *penalties, "--cache-dtype", "int8", "--tokenizer", str(tmp_path)]
+    chosen = sampler(presence_penalty=0.5, frequency_penalty=5.0)
+    want = expected(pair, "(hi", max_tokens=9, sampler=chosen, cache_dtype="int8")
+    result = heddle("generate", "--model", folder, "--prompt", "hi", *options)
+    assert result.stdout == want + "\n", result.stderr
+    result = heddle("chat", "--model", folder, "--temperature", "0", *options, stdin="hi\n")
+    assert result.stdout == want + "\n", result.stderr
+
+
 def test_text_may_stand_on_stdin_and_go_on_raw(folder, pair):
     result = heddle("generate", "--model", folder, "--raw", "--max-tokens", "9", stdin="some text\n")
     assert result.stdout == expected(pair, "some text", max_tokens=9) + "\n"
@@ -99,6 +114,10 @@ def test_several_prompts_are_a_batch_of_json_lines(folder, pair):
         (["-p", "x", "--temperature", "nan"], "temperature must be a number of at least 0, got nan"),
         (["--model", "MODEL", "-p", "x" * 200], "must be shorter than the model's context of 96 tokens, got 205"),
         (["--model", "MODEL", "-p", "x", "--max-tokens", "0"], "max_tokens must be an integer of at least 1, got 0"),
+        (
+            ["-p", "x", "--cache-dtype", "int4"],
+            "--cache-dtype must be one of float32, bfloat16, float16 or int8, got int4",
+        ),
         (["--max-tokens", "ten"], "Invalid value for '--max-tokens'"),
         (["--maximum", "3"], "No such option: --maximum"),
         (["--model", "MODEL", "-p", "", "--raw"], "prompts[0] must hold at least one token, got []"),
@@ -141,6 +160,24 @@ def test_a_conversation_outlives_a_message_that_is_too_long(pair):
     assert len(talk.messages) == 2
     with pytest.raises(ValueError, match="/save must name a file"):
         talk.command("/save")
+
+
+def test_ctrl_c_before_the_first_token_stops_the_answer_only(folder, pair, monkeypatch):
+    def stream(model, tokenizer, prompt, **options):
+        """The second question is interrupted while it is read."""
+        if tokenizer.decode(prompt).endswith("[uagain][a"):
+            options["past"].resume(model, list(prompt), 96)  # whose cache doesn't come back
+            raise KeyboardInterrupt
+        return generation.stream(model, tokenizer, prompt, **options)
+
+    monkeypatch.setattr(terminal, "stream", stream)
+    options = ("--max-tokens", "5", "--temperature", "0")
+    result = heddle("chat", "--model", folder, *options, stdin="hi\nagain\nand\n")
+    assert result.exit_code == 0
+    first = expected(pair, "[uhi][a", max_tokens=5)
+    second = expected(pair, f"[uhi][a{first}][uand][a", max_tokens=5)
+    assert result.stdout == f"{first}\n\n{second}\n"
+    assert "stopped" in result.stderr
 
 
 def test_speed_leaves_out_the_steps_that_compile():

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 
 from heddle.bench.command import bench
-from heddle.data.locate import EMBEDDED, MODEL
+from heddle.data.locate import EMBEDDED, MODEL, TOKENIZER
 from heddle.memory.command import memory
-from heddle.serve.command import serve
+from heddle.serve.command import CACHE_DTYPE, serve
 
 app = typer.Typer(name="heddle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
@@ -229,18 +229,22 @@ def plot_runs(
 def generate(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="What to answer; may be repeated.")] = None,
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    tokenizer: str | None = typer.Option(None, help=TOKENIZER, show_default="the model's own"),
     max_tokens: int = typer.Option(256, help="Tokens of an answer, at most."),
     temperature: float = typer.Option(0.0, help="0: always the likeliest token."),
     top_k: int | None = typer.Option(None, help="Sample among so many likeliest tokens."),
     top_p: float | None = typer.Option(None, help="Sample among the likeliest tokens of this probability together."),
     min_p: float | None = typer.Option(None, help="Sample among tokens this many times as likely as the likeliest."),
     repetition_penalty: float | None = typer.Option(None, help="Above 1: what was said becomes less likely."),
+    presence_penalty: float = typer.Option(0.0, help="Off the logit of each token of the answer so far."),
+    frequency_penalty: float = typer.Option(0.0, help="The same, for each time that the token stands in it."),
     seed: int = typer.Option(0, help="Same seed, same text."),
     stop: Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")] = None,
     system: str | None = typer.Option(None, help="The system message.", show_default="the model's own"),
     speculate: int = typer.Option(0, help="Guess so many tokens ahead where the text repeats itself."),
     raw: bool = typer.Option(False, "--raw", help="Continue the text as it is, without the chat template."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+    cache_dtype: str | None = typer.Option(None, help=CACHE_DTYPE, show_default="--dtype"),
     json: bool = typer.Option(False, "--json", help="Print a JSON object for each prompt."),
 ) -> None:
     """Answer a prompt, or what stands on stdin, as it comes.
@@ -252,7 +256,9 @@ def generate(
     terminal.answer(
         model,
         prompt or [],
-        sampler=sampling.sampler(temperature, top_k, top_p, min_p, repetition_penalty),
+        sampler=sampling.sampler(
+            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty or None, frequency_penalty or None
+        ),
         max_tokens=max_tokens,
         seed=seed,
         stop=stop or [],
@@ -260,6 +266,8 @@ def generate(
         speculate=speculate,
         raw=raw,
         dtype=dtype,
+        cache_dtype=cache_dtype,
+        tokenizer=tokenizer,
         as_json=json,
     )
 
@@ -292,15 +300,19 @@ def evaluate(
 @app.command()
 def chat(
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    tokenizer: str | None = typer.Option(None, help=TOKENIZER, show_default="the model's own"),
     max_tokens: int = typer.Option(1024, help="Tokens of an answer, at most."),
     temperature: float = typer.Option(0.2, help="0: always the likeliest token."),
     top_k: int | None = typer.Option(None, help="Sample among so many likeliest tokens."),
     top_p: float | None = typer.Option(0.9, help="Sample among the likeliest tokens of this probability together."),
     min_p: float | None = typer.Option(None, help="Sample among tokens this many times as likely as the likeliest."),
     repetition_penalty: float | None = typer.Option(None, help="Above 1: what was said becomes less likely."),
+    presence_penalty: float = typer.Option(0.0, help="Off the logit of each token of the answer so far."),
+    frequency_penalty: float = typer.Option(0.0, help="The same, for each time that the token stands in it."),
     seed: int = typer.Option(0, help="Same seed, same text."),
     system: str | None = typer.Option(None, help="The system message.", show_default="the model's own"),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+    cache_dtype: str | None = typer.Option(None, help=CACHE_DTYPE, show_default="--dtype"),
 ) -> None:
     """Talk with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
 
@@ -310,11 +322,15 @@ def chat(
 
     terminal.chat(
         model,
-        sampler=sampling.sampler(temperature, top_k, top_p, min_p, repetition_penalty),
+        sampler=sampling.sampler(
+            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty or None, frequency_penalty or None
+        ),
         max_tokens=max_tokens,
         seed=seed,
         system=system,
         dtype=dtype,
+        cache_dtype=cache_dtype,
+        tokenizer=tokenizer,
     )
 
 

@@ -2,6 +2,7 @@
 
 import heapq
 import inspect
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from tiny_models import hugging_face, tokens
 
 from heddle.data.tokenizers import Tokenizer
@@ -30,6 +32,17 @@ def model(tmp_path_factory) -> Transformer:
     folder = tmp_path_factory.mktemp("model")
     hugging_face("llama, bytes").save_pretrained(folder)
     return Transformer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def logits_of(model):
+    """The logits behind each token of a text, by the whole forward; of one length, so that it is compiled once."""
+    whole = jax.jit(lambda ids: model(ids)[0])
+
+    def logits(ids):
+        return np.asarray(whole(np.pad(ids, (0, 96 - len(ids)))[None]))[: len(ids)]
+
+    return logits
 
 
 def test_greedy_tokens_are_those_of_transformers(model):
@@ -65,24 +78,22 @@ def test_a_strong_penalty_repeats_nothing(model):
     assert len(set(completion.tokens) | set(PROMPTS[2])) == 40 + len(set(PROMPTS[2]))
 
 
-def test_a_frequency_penalty_counts_what_was_said(model):
-    logits = lambda ids: np.asarray(model(jnp.asarray([ids]))[0, -1])  # noqa: E731
+def test_a_frequency_penalty_counts_what_was_said(model, logits_of):
     prompt, said = PROMPTS[2], []
     for _ in range(12):
         counts = np.bincount(said, minlength=257) if said else np.zeros(257)
-        said.append(int(np.argmax(logits([*prompt, *said]) - 5.0 * counts - 0.5 * (counts > 0))))
+        said.append(int(np.argmax(logits_of([*prompt, *said])[-1] - 5.0 * counts - 0.5 * (counts > 0))))
     sampler = usual(frequency_penalty=5.0, presence_penalty=0.5)
     [completion] = generate(model, BYTES, [prompt], max_tokens=12, sampler=sampler, **FREE)
     assert list(completion.tokens) == said
 
 
-def test_log_probabilities_are_those_of_the_whole_text(model):
+def test_log_probabilities_are_those_of_the_whole_text(model, logits_of):
     options = {"max_tokens": 40, "sampler": RANDOM, "seed": 3, **FREE}
     together = generate(model, BYTES, PROMPTS, logprobs=4, **options)
     for prompt, completion in zip(PROMPTS, together, strict=True):
         assert completion.tokens == generate(model, BYTES, [prompt], **options)[0].tokens
-        ids = jnp.asarray([[*prompt, *completion.tokens]])
-        exact = np.asarray(jax.nn.log_softmax(model(ids)[0, len(prompt) - 1 : -1]))
+        exact = np.asarray(jax.nn.log_softmax(logits_of([*prompt, *completion.tokens])[len(prompt) - 1 : -1]))
         assert len(completion.logprobs) == len(completion.tokens)
         for told, token, row in zip(completion.logprobs, completion.tokens, exact, strict=True):
             assert told.chosen == pytest.approx(row[token], abs=1e-4)
@@ -91,12 +102,15 @@ def test_log_probabilities_are_those_of_the_whole_text(model):
     [divided] = generate(
         model, BYTES, PROMPTS[:1], logprobs=2, logprobs_temperature=0.7, speculate=PromptLookup(), **options
     )
-    ids = jnp.asarray([[*PROMPTS[0], *divided.tokens]])
-    exact = np.asarray(jax.nn.log_softmax(model(ids)[0, len(PROMPTS[0]) - 1 : -1] / 0.7))
+    exact = jax.nn.log_softmax(logits_of([*PROMPTS[0], *divided.tokens])[len(PROMPTS[0]) - 1 : -1] / 0.7)
+    exact = np.asarray(exact)
     assert divided.tokens == together[0].tokens
     for told, token, row in zip(divided.logprobs, divided.tokens, exact, strict=True):
         assert told.chosen == pytest.approx(row[token], abs=1e-4)
         assert [value for _, value in told.top] == pytest.approx(np.sort(row)[::-1][:2], abs=1e-4)
+    pieces = list(stream(model, BYTES, PROMPTS[0], logprobs=2, logprobs_temperature=0.7, **options))
+    expected = [told.chosen for told in divided.logprobs]
+    assert [piece.logprobs.chosen for piece in pieces] == pytest.approx(expected, abs=1e-4)
     pieces = list(stream(model, BYTES, PROMPTS[0], logprobs=0, **options))
     expected = [told.chosen for told in together[0].logprobs]
     assert [piece.logprobs.chosen for piece in pieces] == pytest.approx(expected, abs=1e-4)
@@ -236,6 +250,42 @@ def test_a_conversations_cache_grows(model, monkeypatch):
         rooms.append(past.cache.max_len)
         prompt = [*prompt, *(piece.token for piece in expected)]
     assert rooms == [16, 32, 64]
+
+
+def test_a_conversation_past_the_pretrained_length_is_that_of_a_fresh_start(model):
+    """longrope turns all keys by other factors from there on, and by the first again in a shorter text."""
+    factors = {"short_factor": (1.0, 1.5, 2.0, 2.5), "long_factor": (1.0, 2.0, 4.0, 8.0)}
+    rope = replace(model.config.rotary, rule="longrope", original_max_position=24, max_position=96, **factors)
+    long = Transformer(replace(model.config, rope=rope), rngs=nnx.Rngs(1))
+    past, options, begun = Past(), {"max_tokens": 12, **FREE}, tokens(30, seed=5).tolist()
+    prompt = begun[:10]
+    texts = []
+    for _ in range(4):  # of 10, 23, 36 and 49 tokens
+        fresh = list(stream(long, BYTES, prompt, **options))
+        assert list(stream(long, BYTES, prompt, past=past, **options)) == fresh
+        texts.append(prompt)
+        prompt = [*prompt, *(piece.token for piece in fresh), 65]
+    for again in (texts[1], texts[3], texts[0]):
+        fresh = list(stream(long, BYTES, again, **options))
+        assert list(stream(long, BYTES, again, past=past, **options)) == fresh
+
+
+def test_a_cache_of_another_dtype(model):
+    options = {"max_tokens": 20, "logprobs": 2, **FREE}
+    [exact], [rounded] = (generate(model, BYTES, [PROMPTS[1]], cache_dtype=d, **options) for d in (None, "int8"))
+    assert exact == generate(model, BYTES, [PROMPTS[1]], cache_dtype="float32", **options)[0]
+    assert exact.logprobs != rounded.logprobs
+    pieces = list(stream(model, BYTES, PROMPTS[1], cache_dtype=jnp.int8, **options))
+    assert tuple(piece.logprobs for piece in pieces) == rounded.logprobs
+    past = Past(cache_dtype="int8")
+    assert [piece.logprobs for piece in stream(model, BYTES, PROMPTS[1], past=past, **options)] == list(
+        rounded.logprobs
+    )
+    assert past.cache.keys[0].dtype == jnp.int8
+    with pytest.raises(ValueError, match=r"cache_dtype must be one of .*int8, got int4"):
+        generate(model, BYTES, "x", cache_dtype="int4")
+    with pytest.raises(ValueError, match="cache_dtype must be None where there is a past"):
+        stream(model, BYTES, "x", cache_dtype="int8", past=past)
 
 
 # ---------------------------------------------------------------------- arguments

@@ -15,6 +15,7 @@ from heddle.data.tokenizers import Tokenizer
 
 from .answer import Answer, Piece, TokenLogprobs, stop_strings
 from .cache import Cache
+from .cache import cache_dtype as check_cache_dtype
 from .decoding import STEPS, State, begin, decode, prefill
 from .model import LanguageModel
 from .prompts import PADDING, Prompt, check_logprobs, check_max_tokens, check_seeds, encode_prompts
@@ -56,11 +57,12 @@ def generate(
     logprobs: int | None = None,
     logprobs_temperature: float = 1.0,
     speculate: PromptLookup | None = None,
+    cache_dtype: Any = None,
 ) -> list[Completion]:
     """Continue each prompt, all in one batch; each as it would be continued alone.
 
     Args:
-        model: whose weights' dtype the cache takes.
+        model: any.
         tokenizer: of the model.
         prompts: texts, or lists of token ids. Of a ParScale model also lists of as many texts (or lists of ids) as it
             has replicas, one for each: they are aligned at their ends and continued as one.
@@ -74,15 +76,17 @@ def generate(
         logprobs_temperature: that logits are divided by before; the sampler's own tells what it samples from, but for
             what it leaves out (top-k, top-p, min-p).
         speculate: guess tokens ahead, as :class:`heddle.jax.PromptLookup` says; the text stays the same.
+        cache_dtype: what keys and values are kept in: float32, bfloat16, float16 or int8, as of
+            :meth:`heddle.jax.KVCache.empty`; None: the model's.
 
     Raises:
         ValueError: no prompts, an empty one, or one that fills the model's context; arguments out of range; speculation
             with a model whose cache can't take guesses back (sliding windows, dilated attention), or whose rotation
-            goes by the length of what is read (dynamic RoPE, longrope).
+            goes by the length of what is read (longrope).
     """
     run = Generation(
         model, tokenizer, prompts, max_tokens, sampler, seed, stop, stop_ids, None, logprobs, speculate,
-        logprobs_temperature,
+        logprobs_temperature, cache_dtype,
     )  # fmt: skip
     told: list[list[Any]] = [[] for _ in run.prompts]
     while True:
@@ -115,14 +119,19 @@ def stream(
     stop_ids: Sequence[int] | None = None,
     past: Past | None = None,
     logprobs: int | None = None,
+    logprobs_temperature: float = 1.0,
     speculate: PromptLookup | None = None,
+    cache_dtype: Any = None,
 ) -> Iterator[Piece]:
     """Continue one prompt, token by token; the texts add up to :func:`generate`'s, in whole characters.
 
     ``past`` remembers a conversation: of a prompt that begins as the last one and its answer, only the rest is read.
     """
     # Not a generator itself, so that wrong arguments are told at the call.
-    run = Generation(model, tokenizer, [prompt], max_tokens, sampler, seed, stop, stop_ids, past, logprobs, speculate)
+    run = Generation(
+        model, tokenizer, [prompt], max_tokens, sampler, seed, stop, stop_ids, past, logprobs, speculate,
+        logprobs_temperature, cache_dtype,
+    )  # fmt: skip
     return _pieces(run)
 
 
@@ -139,26 +148,31 @@ class Past:
 
     Args:
         max_len: room in tokens to begin with; it doubles as needed.
+        cache_dtype: as of :func:`generate`.
     """
 
-    def __init__(self, max_len: int = LEAST_ROOM):
-        self.max_len = max_len
+    def __init__(self, max_len: int = LEAST_ROOM, cache_dtype: Any = None):
+        self.max_len, self.cache_dtype = max_len, cache_dtype
         self.tokens: list[int] = []
         self.cache: Cache | None = None
+        self._stretched = False
 
     def resume(self, model: LanguageModel, prompt: list[int], room: int) -> tuple[Cache, int]:
         """A cache with ``room`` tokens of room, and how many of the prompt's tokens it holds already."""
         cache, self.cache = self.cache, None  # until it comes back, since a step gives its buffers away
         self.max_len = _room(max(room, self.max_len), model)
-        if cache is None:
-            return model.empty_cache(1, self.max_len), 0
+        # Of a prompt on the other side of the pretrained length longrope turns all keys by the other factors.
+        rotary, before = model.config.rotary, self._stretched
+        self._stretched = rotary.by_length and len(prompt) > (rotary.original_max_position or 0)
+        if cache is None or self._stretched != before:
+            return model.empty_cache(1, self.max_len, self.cache_dtype), 0
         held = self.tokens[: int(cache.lengths[0])]
         shared = next((i for i, (a, b) in enumerate(zip(held, prompt, strict=False)) if a != b), None)
         # The last token is read again in any case: its hidden state isn't kept.
         shared = min(len(held), len(prompt) - 1) if shared is None else shared
         cache = cache.truncate(np.array([shared], np.int32))
         if cache is None:  # what the rest of the prompt sees is lost: read it all again
-            return model.empty_cache(1, self.max_len), 0
+            return model.empty_cache(1, self.max_len, self.cache_dtype), 0
         return (cache.grow(self.max_len) if cache.max_len < self.max_len else cache), shared
 
 
@@ -182,8 +196,13 @@ class Generation:
         logprobs: int | None = None,
         speculate: PromptLookup | None = None,
         logprobs_temperature: float = 1.0,
+        cache_dtype: Any = None,
     ):
         config = model.config
+        if cache_dtype is not None:
+            check_cache_dtype("cache_dtype", cache_dtype)
+            if past is not None:
+                raise ValueError(f"cache_dtype must be None where there is a past, which has one; got {cache_dtype}")
         self.prompts = encode_prompts(model, tokenizer, prompts)
         self.stop = stop_strings(stop)
         check_max_tokens(max_tokens)
@@ -206,7 +225,7 @@ class Generation:
         if past is not None:
             cache, held = past.resume(model, self.prompts[0].tolist(), room)
         else:
-            cache, held = model.empty_cache(len(self.prompts), _room(room, model)), 0
+            cache, held = model.empty_cache(len(self.prompts), _room(room, model), cache_dtype), 0
         text = None if speculate is None else jnp.asarray(self._text(model, cache))
         said = None
         if needs_history(self.sampler):
@@ -235,7 +254,7 @@ class Generation:
         if not cache.keeps_all:
             raise ValueError("speculate must be None where the cache loses keys (sliding windows, dilated attention)")
         if model.config.rotary.by_length:
-            raise ValueError("speculate must be None where RoPE goes by the text's length (dynamic, longrope)")
+            raise ValueError("speculate must be None where RoPE goes by the text's length (longrope)")
         text = np.full((len(self.prompts), cache.max_len + 1), PADDING, np.int32)
         for row, prompt in zip(text, self.prompts, strict=True):
             row[: prompt.shape[-1]] = prompt if prompt.ndim == 1 else prompt[0]

@@ -19,6 +19,7 @@ from rich.console import Console
 from heddle.data.tokenizers import Tokenizer
 
 from . import checkpoint
+from .cache import cache_dtype as check_cache_dtype
 from .generation import Past, Piece, generate, stream
 from .model import LanguageModel
 from .sampling import Sampler
@@ -31,17 +32,18 @@ HELP = """\
 /exit           leave, as does the end of input (Ctrl-D); Ctrl-C stops an answer"""
 
 
-def load(name: str | Path | None, dtype: str = "auto") -> tuple[LanguageModel, Tokenizer]:
-    """The model and its tokenizer, while a spinner turns. What XLA compiles is kept from run to run.
-
-    The cache is ``$JAX_COMPILATION_CACHE_DIR``, by default ``heddle/xla`` in the user's cache folder.
+def load(
+    name: str | Path | None, dtype: str = "auto", tokenizer: str | Path | None = None
+) -> tuple[LanguageModel, Tokenizer]:
+    """The model and its tokenizer (None: the model's own), while a spinner turns. What XLA compiles is kept from run to
+    run, in ``$JAX_COMPILATION_CACHE_DIR``, by default ``heddle/xla`` in the user's cache folder.
     """
     if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heddle" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     with Console(stderr=True).status(f"loading {name or 'SmolLM2-135M-Instruct'}"):
-        return checkpoint.load(name, dtype=dtype), Tokenizer.from_pretrained(name)
+        return checkpoint.load(name, dtype=dtype), Tokenizer.from_pretrained(name if tokenizer is None else tokenizer)
 
 
 @dataclass
@@ -87,6 +89,8 @@ def answer(
     speculate: int = 0,
     raw: bool = False,
     dtype: str = "auto",
+    cache_dtype: str | None = None,
+    tokenizer: str | Path | None = None,
     as_json: bool = False,
 ) -> None:
     """Load a model and print how it continues the prompts; a single one as it comes.
@@ -97,6 +101,8 @@ def answer(
         raw: continue the text as it is; else, where the model has a chat template, a prompt is a user's message.
         system: the system message; None: the model's own.
         speculate: tokens of a draft by prompt lookup, 0: none.
+        cache_dtype: as :func:`generate` has it.
+        tokenizer: as ``name``; None: the model's own.
         as_json: print one JSON object for each prompt.
     """
     if not prompts:
@@ -105,26 +111,29 @@ def answer(
         prompts = [sys.stdin.read().removesuffix("\n")]
     if speculate < 0:
         raise ValueError(f"--speculate must be at least 0, got {speculate}")
-    model, tokenizer = load(name, dtype)
-    if system is not None and (raw or not tokenizer.chat_template):
+    if cache_dtype is not None:
+        check_cache_dtype("--cache-dtype", cache_dtype)
+    model, words = load(name, dtype, tokenizer)
+    if system is not None and (raw or not words.chat_template):
         raise ValueError("--system must go with a chat template, and without --raw")
     encoded = []
     for prompt in prompts:
-        if raw or not tokenizer.chat_template:
-            encoded.append(tokenizer.encode(prompt))
+        if raw or not words.chat_template:
+            encoded.append(words.encode(prompt))
         else:
             messages = [*_opening(system), {"role": "user", "content": prompt}]
-            encoded.append(tokenizer.encode(tokenizer.chat(messages), add_special=False))
+            encoded.append(words.encode(words.chat(messages), add_special=False))
     options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "seed": seed, "stop": stop}
+    options["cache_dtype"] = cache_dtype
     options["speculate"] = PromptLookup(num_tokens=speculate) if speculate else None
     if len(encoded) == 1 and not as_json:
         speed = Speed(len(encoded[0]))
-        _print(speed.watch(stream(model, tokenizer, encoded[0], **options)))
+        _print(speed.watch(stream(model, words, encoded[0], **options)))
         print()
         _say(str(speed))
         return
     began = time.perf_counter()
-    completions = generate(model, tokenizer, encoded, **options)
+    completions = generate(model, words, encoded, **options)
     seconds = time.perf_counter() - began
     for prompt, completion in zip(prompts, completions, strict=True):
         if as_json:
@@ -150,17 +159,22 @@ def chat(
     seed: int = 0,
     system: str | None = None,
     dtype: str = "auto",
+    cache_dtype: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> None:
-    """A conversation on stdin and stdout, until the end of input."""
-    model, tokenizer = load(name, dtype)
-    if not tokenizer.chat_template:
+    """A conversation on stdin and stdout, until the end of input. Arguments as of :func:`answer`."""
+    if cache_dtype is not None:
+        check_cache_dtype("--cache-dtype", cache_dtype)
+    model, words = load(name, dtype, tokenizer)
+    if not words.chat_template:
         raise ValueError("the model must have a chat template to chat; try heddle generate")
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401 (gives input() its line editing and history)
         _say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-    talk = Conversation(model, tokenizer, system, sampler=sampler, max_tokens=max_tokens, seed=seed)
+    past = Past(max_len=1024, cache_dtype=cache_dtype)
+    talk = Conversation(model, words, system, past, sampler=sampler, max_tokens=max_tokens, seed=seed)
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -182,6 +196,9 @@ def chat(
                 speed = talk.ask(line, _print)
                 print(flush=True)
                 _say(str(speed))
+        except KeyboardInterrupt:  # before the first token: nothing of the answer is there, and the message not added
+            print()
+            _say("stopped")
         except (ValueError, OSError) as error:  # a conversation outlives a mistake
             _say(" ".join(str(error).split()))
 
@@ -189,12 +206,19 @@ def chat(
 class Conversation:
     """Messages so far, and the cache that holds them."""
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer, system: str | None = None, **options: Any):
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        system: str | None = None,
+        past: Past | None = None,
+        **options: Any,
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
         self.messages = _opening(system)
-        self.past = Past(max_len=1024)
+        self.past = past or Past(max_len=1024)
 
     def ask(self, text: str, show: Callable[[Iterator[Piece]], str]) -> Speed:
         """Answer a message; ``show`` takes the pieces and returns as much of the answer as it took.

@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
-from heddle.data.locate import EMBEDDED, MODEL
+from heddle.data.locate import EMBEDDED, MODEL, TOKENIZER
+
+CACHE_DTYPE = "What keys and values are kept in: also int8, a quarter of float32's memory."
 
 
 def serve(
     model: str | None = typer.Option(None, help=MODEL, show_default=EMBEDDED),
+    tokenizer: str | None = typer.Option(None, help=TOKENIZER, show_default="the model's own"),
     host: str = typer.Option("127.0.0.1", help="The address to listen at; 0.0.0.0: every network this machine is in."),
     port: int = typer.Option(8000, help="0: any that is free."),
     name: str | None = typer.Option(None, help="The model's name in requests.", show_default="from --model"),
@@ -19,9 +22,7 @@ def serve(
         typer.Option(help="A key that requests have to bring; may be repeated.", envvar="HEDDLE_API_KEYS"),
     ] = None,
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
-    cache_dtype: str | None = typer.Option(
-        None, help="What keys and values are kept in: also int8, a quarter of float32's memory.", show_default="--dtype"
-    ),
+    cache_dtype: str | None = typer.Option(None, help=CACHE_DTYPE, show_default="--dtype"),
     max_batch: int = typer.Option(32, help="Answers under way at once."),
     blocks: int | None = typer.Option(None, help="Blocks of the cache.", show_default="1024 tokens for each answer"),
     block_size: int = typer.Option(64, help="Tokens in a block: 16, 32, 64 or 128."),
@@ -46,6 +47,7 @@ def serve(
         name=name,
         api_keys=api_key or (),
         dtype=dtype,
+        tokenizer=tokenizer,
         engine={
             "max_batch": max_batch,
             "blocks": blocks,

@@ -30,6 +30,7 @@ def run(
     name: str | None = None,
     api_keys: Sequence[str] = (),
     dtype: str = "auto",
+    tokenizer: str | None = None,
     engine: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     drain: float = 60.0,
@@ -44,6 +45,7 @@ def run(
         name: the model's name in requests; None: the last part of ``model``.
         api_keys: as :func:`heddle.serve.app.create_app` has them.
         dtype: of weights, and of the cache where ``engine`` doesn't say.
+        tokenizer: as ``model``; None: the model's own.
         engine: arguments of :class:`heddle.jax.engine.Engine`.
         limits: what a request may ask for.
         drain: seconds that answers under way have once the server is told to stop.
@@ -57,8 +59,7 @@ def run(
         raise ValueError(f"drain must be at least 0, got {drain}")
     # Before the model is loaded, so that a port that is taken is told at once.
     with _listening(host, port) as listener:
-        transformer, tokenizer = terminal.load(model, dtype)
-        serving = Engine(transformer, tokenizer, **(engine or {}))
+        serving = Engine(*terminal.load(model, dtype, tokenizer), **(engine or {}))
         name = name or (Path(model).stem if model else "SmolLM2-135M-Instruct")
         application = create_app(serving, name, api_keys=api_keys, limits=limits)
         if warm_up:
