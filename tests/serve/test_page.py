@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +67,40 @@ def engine_of(pair) -> Engine:
     return Slow(*pair, max_batch=4, blocks=24, block_size=16, prefill_chunk=32)
 
 
+@contextlib.contextmanager
+def through(port: int):
+    """A port that leads to another one, and a function that cuts the connections there are."""
+    listener, open_ = socket.create_server(("127.0.0.1", 0)), []
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        cut_both(source, sink)
+
+    def cut_both(*ends: socket.socket) -> None:
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):  # the listener was closed
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection(("127.0.0.1", port))
+                open_.extend((near, far))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1], lambda: cut_both(*open_)
+    finally:
+        cut_both(listener, *open_)
+        for end in (listener, *open_):
+            end.close()
+
+
 @pytest.fixture
 def page(browser):
     context = browser.new_context(color_scheme="light")
@@ -110,6 +146,45 @@ def test_it_streams_and_stops_with_the_keyboard_alone(page, pair):
         page.click("#new")
         assert page.locator(".message").count() == 0
         assert all(asked.startswith((url, "data:")) for asked in page.asked)  # no outside assets
+
+
+def test_a_click_on_stop_ends_the_answer_and_the_next_question_goes_on(page, pair):
+    engine = engine_of(pair)
+    with serving(engine) as url:
+        page.goto(url)
+        expect(page.locator("#model")).to_have_text("tiny")
+        page.fill("#prompt", "hello")
+        page.click("#send")
+        said = page.locator(".assistant .text")
+        until(page, lambda: len(said.text_content()) > 2)
+        page.click("#stop")
+        page.wait_for_selector(".assistant .note:has-text('stopped')")
+        until(page, lambda: engine.counters.finished["cancelled"] == 1)
+        assert not page.is_visible("#stop")
+        assert page.evaluate("document.activeElement.id") == "prompt"
+        page.fill("#prompt", "more")
+        page.click("#send")
+        until(page, lambda: page.locator(".assistant").count() == 2)
+        page.wait_for_selector(".assistant:last-child .note:has-text('tokens')")
+
+
+def test_an_answer_that_breaks_off_is_kept_and_told(page, pair):
+    """The server's connections are cut while it speaks."""
+    engine = engine_of(pair)
+    with serving(engine) as url, through(int(url.rpartition(":")[2])) as (port, cut):
+        page.goto(f"http://127.0.0.1:{port}")
+        expect(page.locator("#model")).to_have_text("tiny")
+        page.fill("#prompt", "hello")
+        page.click("#send")
+        said = page.locator(".assistant .text")
+        until(page, lambda: len(said.text_content()) > 2)
+        cut()
+        page.wait_for_selector(".assistant .note.bad:has-text('The connection broke off.')")
+        assert len(said.text_content()) > 2
+        assert page.is_visible("#send")
+        until(page, lambda: engine.counters.finished["cancelled"] == 1)
+        page.reload()
+        assert page.locator(".message").count() == 2  # what was said is kept
 
 
 def test_settings_are_sent_and_the_dark_mode_is_kept(page, pair):

@@ -1,5 +1,6 @@
 """The server's process: it says where it is, finishes what is under way when told to stop, and leaves."""
 
+import contextlib
 import json
 import os
 import signal
@@ -79,6 +80,31 @@ def test_told_to_stop_it_finishes_and_leaves(folder, tmp_path):
         process.stderr.close()
 
 
+def test_without_a_drain_what_is_under_way_is_broken_off(folder, tmp_path):
+    # Each step takes a while here, or the answer would be over before the signal comes.
+    program = (
+        "import time, heddle.jax.engine as engine, heddle.cli; step = engine.Engine.step; "
+        "engine.Engine.step = lambda self: (time.sleep(0.3), step(self))[1]; heddle.cli.main()"
+    )
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla")}
+    command = [sys.executable, "-c", program, "serve", "--model", str(folder), "--port", "0", "--drain", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        url = next(line for line in iter(process.stderr.readline, "") if " at http://" in line).split()[-1]
+        with httpx.stream("POST", url + "/v1/completions", json=LONG | {"stream": True}, timeout=120) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            left = []
+            with contextlib.suppress(httpx.RemoteProtocolError):  # the answer's end is missing
+                left += lines
+        assert "data: [DONE]" not in left
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+
+
 def test_what_cannot_be_is_one_line(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -86,6 +112,10 @@ def test_what_cannot_be_is_one_line(folder):
             (["--port", port], f"cannot listen at 127.0.0.1, port {port}: "),
             (["--port", "70000"], "port must be in [0, 65536), got 70000"),
             (["--port", "0", "--max-tokens", "0"], "max_tokens must be positive, got 0"),
+            (
+                ["--port", "0", "--model", str(folder), "--tokenizer", "./nowhere"],
+                "./nowhere: no such file or folder",
+            ),
             (
                 ["--port", "0", "--model", str(folder), "--block-size", "5"],
                 "block_size must be 16, 32, 64 or 128",
