@@ -79,7 +79,8 @@ def test_figures_follow_from_the_times(task, monkeypatch):
             for name, step in steps.items():
                 if name != "products":
                     step(0)
-        return {name: Fixed((seconds[name],)) for name in steps}
+        rounds = {"products": (9.0, seconds["products"])}  # of which the best counts
+        return {name: Fixed(rounds.get(name, (seconds[name],))) for name in steps}
 
     monkeypatch.setattr(train, "interleave", interleave)
     monkeypatch.setattr(train, "Runner", Fake)
