@@ -87,6 +87,7 @@ def test_the_largest_that_fits(folder, task, what, other):
         (["--cache-dtype", "int4", "--task", "generate"], "--cache-dtype must be one of"),
         (["--cache-dtype", "int8"], "--cache-dtype goes with --task generate"),
         (["--task", "generate", "--remat"], "--remat goes with --task train"),
+        (["--task", "generate", "--optimizer", "lion"], "--optimizer goes with --task train"),
         (["--find", "batch"], "--find and --bytes go together"),
         (["--find", "heads", "--bytes", "1GiB"], "--find must be batch or seq, got 'heads'"),
         (["--find", "batch", "--bytes", "1GB"], "--bytes must be a positive number of KiB, MiB, GiB, TiB"),

@@ -17,7 +17,7 @@ def memory(
                                    show_default="1024, or the model's context"),
     mesh: str = typer.Option("", help="How many devices along each axis, as fsdp=8 or data=2,tensor=4.",
                              show_default="one device"),
-    optimizer: str = typer.Option("adamw", help="adamw or lion, of train."),
+    optimizer: str | None = typer.Option(None, help="adamw or lion, of train.", show_default="adamw"),
     accumulation: int = typer.Option(1, help="Parts the batch is computed in, of train."),
     remat: bool = typer.Option(False, "--remat", help="Each layer is computed again in the backward pass, of train."),
     dtype: str = typer.Option("float32", help="Of the computation: float32, bfloat16 or float16."),
@@ -36,6 +36,8 @@ def memory(
     """
     from heddle.memory import report
 
+    if optimizer is not None and task == "generate":
+        raise ValueError("--optimizer goes with --task train")
     report.show(
         model, task, framework=framework, batch=batch, seq=seq, mesh=mesh, optimizer=optimizer,
         accumulation=accumulation, remat=remat, dtype=dtype, param_dtype=param_dtype, cache_dtype=cache_dtype,
