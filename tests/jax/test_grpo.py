@@ -38,7 +38,7 @@ def inputs(masked=()):
     mask[list(masked)] = False
     new = -random.exponential(1.5, (ROWS, SEQ))
     old, reference, sampled = (new + random.normal(0, size, (ROWS, SEQ)) for size in (0.4, 0.6, 0.3))
-    advantages = np.array([1.3, -0.7, 0.0, -2.1, 0.4, 1.9])
+    advantages = np.array([-1.3, 0.7, 0.0, -2.1, 0.4, 1.9])
     return tuple(x.astype(np.float32) for x in (new, old, reference, sampled, advantages)), mask
 
 
@@ -134,12 +134,28 @@ def test_loss_gradient_and_metrics_are_trls(case, monkeypatch):
         assert np.abs(derivative).max() > 1e-3
     if options.beta:
         assert float(measured["kl"]) == pytest.approx(metrics["kl"][0], abs=1e-5)
-    if options.ratio_level == "token":  # theirs counts sequences, ours their tokens
-        for name in ("low", "high"):
-            assert float(measured[f"clip_{name}"]) == pytest.approx(metrics[f"clip_ratio/{name}_mean"][0], abs=1e-6)
-        if how["old"] and not how["masked"]:
-            assert measured["clip_low"] > 0
-            assert measured["clip_high"] > 0
+    for name, clipped in clipped_sequences(options, **how).items():
+        found, expected = float(measured[f"clip_{name}"]), metrics[f"clip_ratio/{name}_mean"][0]
+        if options.ratio_level == "token":
+            assert found == pytest.approx(expected, abs=1e-6)
+        else:  # theirs counts sequences, masked ones too, ours their tokens
+            lengths = inputs(how["masked"])[1].sum(axis=1)
+            assert expected == pytest.approx(clipped.mean(), abs=1e-6)
+            assert found == pytest.approx((clipped * lengths).sum() / max(lengths.sum(), 1), abs=1e-6)
+    if how["old"] and not how["masked"]:
+        assert measured["clip_low"] > 0
+        assert measured["clip_high"] > 0
+
+
+def clipped_sequences(options, *, old, masked):
+    """Which completions' ratios are clipped from below and from above, by hand."""
+    (new, before, _, _, advantages), mask = inputs(masked)
+    means = np.where(mask, new - before, 0.0).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+    ratio = np.exp(means) if old else np.ones(ROWS)
+    return {
+        "low": (ratio < 1 - options.clip_low) & (advantages < 0),
+        "high": (ratio > 1 + options.clip_high) & (advantages > 0),
+    }
 
 
 REWARDS = np.array([
@@ -151,8 +167,8 @@ REWARDS = np.array([
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
-    """Advantages, masks, log-probabilities, the correction for the engine, the loss and its gradient by all weights, by
-    their trainer over the same model."""
+    """Advantages, masks, log-probabilities, entropy, the correction for the engine, the loss by each normalisation and
+    its gradient by all weights, by their trainer over the same model."""
     import datasets
     import trl
     from tokenizers import Tokenizer as Backend
@@ -188,7 +204,8 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "_calculate_rewards", lambda *_: torch.from_numpy(rewards)[:, None].float())
     trainer.current_gradient_accumulation_steps = 1
     trainer.vllm_importance_sampling_mode, trainer.vllm_importance_sampling_clip_max = "token_truncate", 1.5
-    cases = [(cap, unbiased) for cap in (None, 1.5) for unbiased in (True, False)]
+    cases = [("grpo", cap, unbiased) for cap in (None, 1.5) for unbiased in (True, False)]
+    cases += [(loss_type, None, True) for loss_type in GRPO_LOSSES if loss_type != "grpo"]
     expected = {}
     with torch.no_grad():  # the reference is the policy before it moved
         batches = {}
@@ -197,13 +214,15 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
             batches[cap] = trainer._generate_and_score_completions([{"prompt": "w3"}] * len(ended))
         for parameter in policy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.manual_seed(1)) * 0.01)
-    for cap, unbiased in cases:
+    measured_there = trainer._metrics["train" if trainer.model.training else "eval"]
+    for loss_type, cap, unbiased in cases:
         trainer.use_vllm, trainer.args.use_bias_correction_kl = cap is not None, unbiased
+        trainer.loss_type = loss_type
         policy.zero_grad()
         loss = trainer._compute_loss(trainer.model, batches[cap])
         loss.backward()
         gradient = {name: parameter.grad.numpy().copy() for name, parameter in policy.named_parameters()}
-        expected[cap, unbiased] = loss.item(), gradient
+        expected[loss_type, cap, unbiased] = loss.item(), gradient, measured_there["entropy"][-1]
     trainer.use_vllm, batch = False, batches[None]
     policy.save_pretrained(tmp_path / "moved")
     for scale in ("group", "batch", "none"):
@@ -220,10 +239,13 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
     ]
     advantages, flat = group_advantages(REWARDS, "group")
     assert float(flat.mean()) == pytest.approx(0.5)
+    # Theirs doesn't count groups that have fewer than two rewards, from which as little is learned.
+    several = (~np.isnan(REWARDS)).sum(axis=1) > 1
+    assert measured_there["frac_reward_zero_std"][0] == pytest.approx(float((flat & several).mean())) == 1 / 6
 
-    def options(cap=None, unbiased=True):
+    def options(loss_type="grpo", cap=None, unbiased=True):
         return GRPOOptions(
-            max_completion=length, temperature=0.7, beta=0.3, loss_type="grpo", mask_truncated=True,
+            max_completion=length, temperature=0.7, beta=0.3, loss_type=loss_type, mask_truncated=True,
             num_generations=group, importance_cap=cap, unbiased_kl=unbiased,
         )  # fmt: skip
 
@@ -237,8 +259,8 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
                 batch["ref_per_token_logps"][row, : len(ids)], atol=1e-4,
             )  # fmt: skip
     graph, weights = nnx.split(after)
-    for cap, unbiased in cases:
-        how = options(cap, unbiased)
+    for loss_type, cap, unbiased in cases:
+        how = options(loss_type, cap, unbiased)
         ours = rollout_batch(each, completions, advantages.reshape(-1), how, 13)
         ours = ours._replace(reference=reference, old=None if cap is None else reference)
 
@@ -247,8 +269,9 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
             return total / count, {name: value / count for name, value in sums.items()}
 
         (value, measured), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
-        theirs_value, theirs_gradient = expected[cap, unbiased]
-        assert float(value) == pytest.approx(theirs_value, abs=1e-5)
+        theirs_value, theirs_gradient, theirs_entropy = expected[loss_type, cap, unbiased]
+        assert float(value) == pytest.approx(theirs_value, abs=1e-5), loss_type
+        assert float(measured["entropy"]) == pytest.approx(theirs_entropy, rel=1e-5)
         if cap is not None:
             kept = batches[cap]["completion_mask"].bool()
             ratio = batches[cap]["importance_sampling_ratio"][kept]
@@ -258,7 +281,7 @@ def test_a_whole_batch_is_trls(tmp_path, monkeypatch):
             want = theirs_gradient[name].T if found.ndim == 2 and "embed" not in name else theirs_gradient[name]
             np.testing.assert_allclose(found, want, rtol=0, atol=1e-4 * float(np.abs(want).max()), err_msg=name)
     # The ratio is 1 where the policy hasn't moved, and changes the gradient all the same.
-    one, other = (expected[None, unbiased][1]["lm_head.weight"] for unbiased in (True, False))
+    one, other = (expected["grpo", None, unbiased][1]["lm_head.weight"] for unbiased in (True, False))
     assert np.abs(one - other).max() > 0.1 * np.abs(one).max()
 
 

@@ -131,9 +131,7 @@ def test_noise_has_neftunes_size_whatever_the_packing(model):
             of = noise[row, segments == segment]
             bound = alpha / np.sqrt(len(of) * width)  # the paper's, of an example's own length
             assert 0.8 * bound < np.abs(of).max() <= bound
-    noisy, again, other = (
-        float(sft(neftune_alpha=alpha)(model, packed, key)[0]) for key in (keys, keys, keys[::-1])
-    )
+    noisy, again, other = (float(sft(neftune_alpha=alpha)(model, packed, key)[0]) for key in (keys, keys, keys[::-1]))
     assert noisy == again != other
     assert noisy != float(lm(model, packed, KEY)[0])
     # It is added to the embeddings.
@@ -145,6 +143,25 @@ def test_noise_has_neftunes_size_whatever_the_packing(model):
         expected = theirs(inputs_embeds=embedded + torch.from_numpy(noise)).logits
     hidden = model.hidden(one.tokens, one.positions, one.segment_ids, noise=jnp.asarray(noise))
     np.testing.assert_allclose(model.head(hidden), expected, atol=1e-4)
+
+
+def test_noise_of_one_example_is_transformers_noise():
+    """Where an example fills its row. In a padded batch theirs follows the batch's length, ours each example's own."""
+    from transformers.integrations.neftune import neftune_post_forward_hook
+
+    length, width, alpha = 96, 128, 7.0
+    one = pack([Document(np.arange(length), np.ones(length, bool))], length)
+    ours = np.asarray(neftune_noise(jax.random.split(KEY, 1), one, width, alpha))
+    torch.manual_seed(0)
+    module = torch.nn.Identity()
+    module.neftune_noise_alpha = alpha
+    theirs = neftune_post_forward_hook(module, None, torch.zeros(1, length, width)).numpy()
+    for quantile in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1):  # of 12,288 values each
+        found, expected = (np.quantile(noise, quantile) for noise in (ours, theirs))
+        assert found == pytest.approx(expected, abs=0.04 * float(np.abs(theirs).max()))
+    short = pack([Document(np.arange(length // 4), np.ones(length // 4, bool))], length)
+    own = np.asarray(neftune_noise(jax.random.split(KEY, 1), short, width, alpha))
+    assert float(np.abs(own).max()) == pytest.approx(2 * float(np.abs(theirs).max()), rel=0.02)
 
 
 def test_smoothing_and_noise_must_make_sense():

@@ -92,7 +92,9 @@ def token_weights(
 ) -> Float[np.ndarray, "rows row_len"]:
     """What each token's loss counts, so that the loss is ``sum_it w_it l_it`` over the whole batch of an update.
 
-    By ``grpo.loss_type``, with ``n_i`` the completion's tokens in the mask and N all completions, masked ones too:
+    By ``grpo.loss_type``, with ``n_i`` the completion's tokens in the mask and N all completions, masked ones too.
+    Those that no reward applies to keep their place in N and the sum of ``n_i``: their advantage is 0, but their
+    divergence from the reference counts.
 
     - ``"grpo"``: ``1 / (n_i N)``, the mean over completions of their tokens' means (arXiv 2402.03300, eq. 3);
     - ``"dapo"``: ``1 / sum n_i``, the mean over all tokens (DAPO, arXiv 2503.14476, section 3.3);
@@ -195,7 +197,8 @@ def grpo(options: GRPOOptions) -> Objective:
     """The objective of :class:`RolloutBatch`, for :class:`heddle.jax.grpo_trainer.GRPOTrainer`.
 
     Metrics, each a mean over tokens: ``entropy``; ``clip_low`` and ``clip_high``, how many were clipped from below and
-    above; with a reference ``kl``; with a correction ``correction``, its mean.
+    above, with ``ratio_level="sequence"`` as parts of sequences that were (TRL's count sequences); with a reference
+    ``kl``; with a correction ``correction``, its mean.
     """
 
     def objective(model: Any, batch: RolloutBatch, rng: Array) -> tuple[Array, Array, dict[str, Array]]:
