@@ -1,10 +1,12 @@
-"""How a run is told to stop. The rest of heddle.run is tested where a wing's run uses it."""
+"""How a run is told to stop, goes on and is evaluated. The rest of heddle.run is tested where a wing's run uses it."""
 
 import signal
 
+import numpy as np
 import pytest
 
-from heddle.run import stop_on_signals
+from heddle.config import load_config
+from heddle.run import check_folder, stop_on_signals, training_data, write_config
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
@@ -31,3 +33,28 @@ def test_ctrl_c_after_a_signal_ends_at_once(first):
                 signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_an_evaluation_is_of_the_same_rows_in_whatever_parts(tmp_path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"the cat sat on mat {i}; " * 9)
+    options = [f"data.corpus={tmp_path}", "data.held_out=0.5", "data.seq_len=32", "training.eval_batches=2"]
+    whole, *others = (
+        training_data(load_config(None, [*options, f"training.accumulation={parts}"])).evaluation for parts in (1, 2, 8)
+    )
+    assert [batch.tokens.shape for batch in whole] == [(8, 32)] * 2
+    for parts in others:
+        for field, other in zip(zip(*whole, strict=True), zip(*parts, strict=True), strict=True):
+            np.testing.assert_array_equal(np.concatenate(field), np.concatenate(other))
+
+
+def test_other_steps_of_a_falling_rate_are_told(tmp_path, caplog):
+    options = [f"output={tmp_path}", "training.max_steps=10"]
+    write_config(load_config(None, options))
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    check_folder(load_config(None, options))
+    assert not caplog.records
+    check_folder(load_config(None, [*options[:1], "training.max_steps=20"]))
+    assert "training.max_steps=20 was 10: the learning rate of training.schedule=cosine" in caplog.text
+    with pytest.raises(ValueError, match=r"holds a run with training\.seed=0 \(not 3\)"):
+        check_folder(load_config(None, [*options, "training.seed=3"]))

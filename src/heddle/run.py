@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ CHANGEABLE = {
         )
     ),
 }  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"  #: names the small model that a package carries, where None means none
 
@@ -210,6 +213,12 @@ def check_folder(config: Config) -> None:
     if changed:
         what = ", ".join(f"{name}={before[name]} (not {now[name]})" for name in changed)
         raise ValueError(f"output {config.output} holds a run with {what}: go on with that, or name another folder")
+    steps, schedule = "training.max_steps", config.training.schedule
+    if now[steps] != before[steps] and schedule != "constant":
+        log.warning(
+            "%s=%d was %d: the learning rate of training.schedule=%s follows it, and jumps where the run goes on",
+            steps, now[steps], before[steps], schedule,
+        )  # fmt: skip
 
 
 def write_config(config: Config) -> None:

@@ -16,8 +16,10 @@ from heddle.jax.memory import Run, plan
 from heddle.jax.model import Transformer
 from heddle.jax.model_config import ModelConfig
 from heddle.jax.optimizer import make_optimizer, make_schedule
-from heddle.jax.parallel import dotted, make_mesh, partition_spec, spec
+from heddle.jax.parallel import cache_spec, dotted, make_mesh, partition_spec, spec
+from heddle.jax.sampling import Greedy
 from heddle.jax.train import Trainer, TrainState
+from heddle.memory.report import largest
 from heddle.options import TrainingOptions
 
 CONFIG = ModelConfig(
@@ -84,14 +86,34 @@ def test_training(run):
     assert plan(run).total == pytest.approx(trained(run), rel=0.1)
 
 
-def generated(run: Run) -> int:
-    """Weights, cache and what the larger of the two programs adds to them."""
-    model = nnx.eval_shape(lambda: Transformer(run.config, rngs=nnx.Rngs(0), dtype=run.dtype))
-    leaves, structure = jax.tree.flatten(model)
+def programs(run: Run) -> list:
+    """Of generation's two compiled programs, which read the prompts and decode, what XLA lays out on a device."""
+    model = nnx.eval_shape(
+        lambda: Transformer(run.config, rngs=nnx.Rngs(0), dtype=run.dtype, param_dtype=run.weights_dtype)
+    )
     cache = jax.eval_shape(lambda: model.empty_cache(run.batch, run.seq, run.cache_dtype))
+    if run.mesh:
+        mesh = make_mesh(**run.mesh)
+        model = jax.tree_util.tree_map_with_path(partial(on, mesh), model)
+        model.mesh = mesh
+
+        def spread(path, leaf):
+            return shape(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, cache_spec(dotted(path))))
+
+        cache = jax.tree_util.tree_map_with_path(spread, cache)
+    leaves, structure = jax.tree.flatten(model)
     last, ids = shape((run.batch, run.config.hidden_size), model.dtype), shape((run.batch, 512), jnp.int32)
-    reading = decoding.prefill.lower(structure, leaves, cache, last, ids).compile().memory_analysis()
-    return sum(x.size * x.dtype.itemsize for x in leaves) + cache.nbytes + reading.temp_size_in_bytes
+    reading = decoding.prefill.lower(structure, leaves, cache, last, ids)
+    keys = jax.eval_shape(lambda: jax.vmap(jax.random.key)(jnp.zeros(run.batch, jnp.uint32)))
+    token, count, limit, done = (shape((run.batch,), dtype) for dtype in (jnp.int32,) * 3 + (bool,))
+    state = decoding.State(cache, token, count, limit, done, keys, None)
+    ends, steps = shape((8,), jnp.int32), shape((), jnp.int32)
+    writing = decoding.decode.lower(structure, leaves, state, Greedy(), ends, steps, None, None, 1.0)
+    return [program.compile().memory_analysis() for program in (reading, writing)]
+
+
+def generated(run: Run) -> int:
+    return max(map(laid_out, programs(run)))
 
 
 @pytest.mark.parametrize(
@@ -100,11 +122,37 @@ def generated(run: Run) -> int:
         Run(CONFIG, "generate", batch=4, seq=1024),
         Run(CONFIG, "generate", batch=2, seq=2048),
         Run(CONFIG, "generate", batch=4, seq=1024, cache_dtype="int8"),
+        Run(CONFIG, "generate", batch=8, seq=1024, mesh={"data": 4, "tensor": 2}),
+        Run(CONFIG, "generate", batch=8, seq=1024, mesh={"data": 2, "fsdp": 2, "tensor": 2}),
     ],
-    ids=["some at a time", "at once", "int8"],
+    ids=["some at a time", "at once", "int8", "mesh", "mesh with fsdp"],
 )
 def test_generation(run):
+    if len(jax.devices()) < run.devices:
+        pytest.skip("needs 8 devices")
     assert plan(run).total == pytest.approx(generated(run), rel=0.1)
+
+
+def test_generation_in_bfloat16():
+    """What is held, to a few bytes for each sequence. A CPU computes in float32, for which it lays out more."""
+    run = Run(CONFIG, "generate", batch=4, seq=1024, dtype="bfloat16")
+    planned = plan(run)
+    reading, writing = programs(run)
+    held = planned.parts["parameters"] + planned.parts["KV cache"]
+    assert 0 <= writing.argument_size_in_bytes - held < 1024
+    assert planned.total <= laid_out(reading) <= 1.5 * planned.total
+
+
+@pytest.mark.parametrize(
+    ("run", "measured"),
+    [(Run(CONFIG, batch=3, seq=256), trained), (Run(CONFIG, "generate", batch=6, seq=1024), generated)],
+    ids=["train", "generate"],
+)
+def test_one_more_than_the_largest_batch_that_fits_does_not(run, measured):
+    room = int(1.02 * plan(run).total)
+    assert largest(plan, dataclasses.replace(run, batch=1), "batch", room).batch == run.batch
+    assert measured(run) <= 1.1 * room
+    assert 1.1 * measured(dataclasses.replace(run, batch=run.batch + 1)) > room
 
 
 def test_what_has_a_shape_is_counted_by_it():

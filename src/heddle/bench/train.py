@@ -42,8 +42,9 @@ def measure(
         tell: is told what runs now.
 
     Returns:
-        ``product_flops_per_second``, what float32 products reach in the best of the same rounds; ``results``, a record for each
-        contender (``times``: the step's as a multiple of each of ours, the median over the rounds); ``not_run``, why.
+        ``product_flops_per_second``, what float32 products reach in the best of the same rounds; ``results``, a record
+        for each contender (``times``: the step's as a multiple of each of ours, the median over the rounds);
+        ``not_run``, why.
     """
     batches, repeats = task.batches, task.steps - 1
     with ExitStack() as stack:
@@ -225,8 +226,8 @@ def notes(record: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
     return [
         "tokens: those with a target, no padding. MFU: the model's matrix products, visible pairs alone, over the "
-        f"{record['product_flops_per_second'] / 1e9:.0f} GFLOP/s of the best products in the same rounds. ÷: this time over "
-        "that of heddle in the framework.",
+        f"{record['product_flops_per_second'] / 1e9:.0f} GFLOP/s of the best products in the same rounds. ÷: this time "
+        "over that of heddle in the framework.",
         "Documents longer than a row are left out. peak: all memory of the process. difference: of the first step's "
         "mean loss from the first row's.",
         f"medians of {len(record['problem']['targets'])} interleaved rounds, each on other documents; "
