@@ -1,6 +1,8 @@
 """``heddle memory`` as a user meets it: a table, JSON, a page; the largest that fits; one line for what can't be."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import hugging_face
@@ -8,6 +10,7 @@ from typer.testing import CliRunner
 
 from heddle.cli import app, main
 from heddle.memory import units
+from heddle.memory.report import largest
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,27 @@ def test_the_largest_that_fits(folder, task, what, other):
     if found[what] < 96:  # the context
         assert figures(*fixed, f"--{what}", str(found[what] + step))["total"] > room
     assert found[what] >= 50
+
+
+@pytest.mark.parametrize(
+    ("taken", "room", "expected"),
+    [
+        (lambda n: 10 * n, 65, 6),
+        (lambda n: 10 * n - 25 * (n > 4), 39, 6),  # 5 and 6 take less than 4, which doesn't fit
+        (lambda n: 10 * n - 250 * (n > 40), 361, 61),
+        (lambda n: 10, 10, 100),  # as many as there may be
+    ],
+)
+def test_the_largest_is_found_behind_one_that_takes_more(taken, room, expected):
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        seq: int = 0
+        config = SimpleNamespace(max_position_embeddings=100)
+
+        def least(self, what):
+            return 1
+
+    assert largest(lambda run: SimpleNamespace(total=taken(run.seq)), Run(), "seq", room).seq == expected
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,13 @@ def largest(plan: Callable[[Any], Plan], run: Any, what: str, room: int) -> Any:
     low, fits, high, over = 1, least, most + 1, None  # what fits and what doesn't, or can't be; what they take
     for turn in itertools.count():
         if high - low <= 1:
-            break
+            # A larger one may take less, where it is computed otherwise: look on, up to twice as large.
+            further = (low + 2**k for k in range(1, low.bit_length() + 1) if low + 2**k <= most)
+            found = next(((count, taken) for count in further if (taken := total(count)) <= room), None)
+            if found is None:
+                break
+            (low, fits), high, over = found, most + 1, None
+            continue
         if over is None:
             guess = 2 * low
         elif turn % 3:  # memory grows nearly in a straight line
