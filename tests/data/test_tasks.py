@@ -73,6 +73,7 @@ def test_problems_to_evaluate_on_are_all_different(caplog):
     every = {f"{a}{b}>" for a in range(10) for b in range(10)} - {p.prompt for p in prompts(train(Largest(2)), 2, 2000)}
     some = [problem.prompt for problem in held_out.distinct(2, 20)]
     assert len(some) == len({*some}) == 20
+    assert {*some} <= every  # whatever the seed, what is held out is the same
     assert not caplog.messages
     found = Stream(Largest(2), "held_out", 0.3, FIELDS, name="largest").distinct(2, 64)
     assert {problem.prompt for problem in found} == every  # all that there are
