@@ -127,8 +127,6 @@ class Config:
                 "data.seq_len must be above grpo.max_completion, to have room for a prompt; "
                 f"got {self.data.seq_len} and {self.grpo.max_completion}"
             )
-        if self.model.attention == "dilated":
-            raise ValueError("training.objective=grpo needs a cache of every key, which model.attention=dilated hasn't")
 
     def to_yaml(self) -> str:
         """As YAML that :func:`load_config` reads back to an equal tree."""

@@ -197,6 +197,17 @@ def test_reasoning_gyms_levels_lead_up_to_the_task_as_it_is_set():
     assert open_task("reasoning-gym:binary_matrix", {"p_zero": 0.2}).levels == 2
 
 
+def test_all_of_reasoning_gyms_tasks_have_problems_without_end():
+    """Some can't make as many as the others, or make all of them first; composite must be told of what."""
+    from reasoning_gym.factory import DATASETS
+
+    assert len(DATASETS) > 100
+    for name in DATASETS:
+        if name != "composite":
+            task = open_task(f"reasoning-gym:{name}")
+            assert task.problem(12_345, task.levels).prompt
+
+
 def test_reasoning_gym_strictly():
     task = open_task("reasoning-gym:chain_sum", {"max_terms": 2, "max_digits": 1, "min_digits": 1}, seed=5)
     prompt, fields = task.problem(7, task.levels)

@@ -310,3 +310,10 @@ def test_a_mesh_changes_nothing(options, tmp_path):
     assert len(alone) == 4
     for one, other in zip(alone, spread, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-4)
+
+
+def test_a_dilated_model_from_scratch_is_sampled_as_it_is_trained(options, tmp_path):
+    """In batches, since the engine can't serve it; the correction is the ratio of both probabilities."""
+    dilated = ["model.attention=dilated", "model.segment_lengths=[4, 16]", "model.dilation_rates=[1, 2]"]
+    run(load_config(None, [*options, *dilated, "grpo.importance_cap=2", "training.max_steps=2", FREE]))
+    assert [record["correction"] for record in curve(tmp_path / "run")] == pytest.approx([1.0, 1.0], abs=1e-4)

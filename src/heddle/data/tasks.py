@@ -29,7 +29,8 @@ OPEN, CLOSE = "<answer>", "</answer>"
 IN_TAGS = f"Put the final answer, and nothing else, between {OPEN} and {CLOSE}, at the very end."
 
 _ENDLESS = 2**22  #: problems of a task of reasoning-gym, before they come again; some tasks list them all
-_EPOCH = 10_000  #: of those, what one time through is to who reads them as examples
+_EPOCH = 10_000  #: of those, what one time through is to who reads them as examples; of tasks that can't have more, all
+_AT_ONCE = {"acre"}  #: tasks that make all their problems, slowly, before the first
 _TRIES = 1000  #: problems looked at for one that is held out, or isn't; or that asks something new
 
 log = logging.getLogger(__name__)
@@ -212,16 +213,19 @@ class ReasoningGym:
         """See :meth:`Task.problem`."""
         if level not in self._datasets:
             self._datasets[level] = self._dataset(self._levels[level - 1])
-        entry = self._datasets[level][index % _ENDLESS]
+        entry = self._datasets[level][index % self._datasets[level].size]
         return Problem(entry["question"], {"task": GYM + self.name, "answer": entry["answer"], "entry": entry})
 
     def _dataset(self, settings: Mapping[str, Any]) -> Any:
-        try:
-            dataset = _gym().create_dataset(self.name, seed=self._seed, size=_ENDLESS, **settings)
-            dataset[0]
-        except (TypeError, AssertionError, ValueError) as error:
-            raise ValueError(f"reasoning-gym's {self.name} can't be set to {self.settings}: {error}") from None
-        return dataset
+        refused = None
+        for size in (_EPOCH,) if self.name in _AT_ONCE else (_ENDLESS, _EPOCH):
+            try:
+                dataset = _gym().create_dataset(self.name, seed=self._seed, size=size, **settings)
+                dataset[0]
+                return dataset
+            except (TypeError, AssertionError, ValueError) as error:
+                refused = error
+        raise ValueError(f"reasoning-gym's {self.name} can't be set to {self.settings}: {refused}") from None
 
     def _easier(self, target: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The steps of the curriculum that come before the task of these settings, the easiest first."""
