@@ -197,6 +197,7 @@ def test_reasoning_gyms_levels_lead_up_to_the_task_as_it_is_set():
     assert open_task("reasoning-gym:binary_matrix", {"p_zero": 0.2}).levels == 2
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files that the package leaves open
 def test_all_of_reasoning_gyms_tasks_have_problems_without_end():
     """Some can't make as many as the others, or make all of them first; composite must be told of what."""
     from reasoning_gym.factory import DATASETS
