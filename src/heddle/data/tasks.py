@@ -198,7 +198,7 @@ class ReasoningGym:
     answer_form = "tags"
 
     def __init__(self, name: str, settings: Mapping[str, Any], seed: int = 0):
-        self.name, self.settings, self._seed = name, dict(settings), seed
+        self.name, self.settings = name, dict(settings)
         factory = _gym()
         if name not in factory.DATASETS:
             raise ValueError(f"reasoning-gym has no task {name!r}; it has {', '.join(sorted(factory.DATASETS))}")
