@@ -155,7 +155,7 @@ def task_data(config: Config) -> TaskData:
         name = data.eval_corpus or data.corpus
         other = task if data.eval_corpus is None else _task(config, data.eval_corpus, check)
         held_out = stream(name, "train" if separate else "held_out", other)
-        evaluation = held_out.distinct(other.levels, options.eval_prompts)
+        evaluation = [held_out.take(other.levels) for _ in range(options.eval_prompts)]
     return TaskData(tokenizer, stream(data.corpus, "train", task), encode, evaluation)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import bisect
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,9 +30,7 @@ IN_TAGS = f"Put the final answer, and nothing else, between {OPEN} and {CLOSE}, 
 _ENDLESS = 2**22  #: problems of a task of reasoning-gym, before they come again; some tasks list them all
 _EPOCH = 10_000  #: of those, what one time through is to who reads them as examples; of tasks that can't have more, all
 _AT_ONCE = {"acre"}  #: tasks that make all their problems, slowly, before the first
-_TRIES = 1000  #: problems looked at for one that is held out, or isn't; or that asks something new
-
-log = logging.getLogger(__name__)
+_TRIES = 1000  #: problems looked at for one that is held out, or isn't
 
 
 class Problem(NamedTuple):
@@ -111,20 +108,6 @@ class Stream:
             f"data.held_out={self._share} leaves none of {_TRIES} problems of level {level} "
             + ("to evaluate on: raise it" if self._part == "held_out" else "to train on: lower it")
         )
-
-    def distinct(self, level: int, count: int) -> list[Problem]:
-        """The next problems whose prompts all differ: fewer than ``count``, with a warning, where so many in a row ask
-        nothing new that there can't be more."""
-        found: dict[str, Problem] = {}
-        repeated = 0
-        while len(found) < count and repeated < _TRIES:
-            problem = self.take(level)
-            key = _key(problem)
-            repeated = repeated + 1 if key in found else 0
-            found.setdefault(key, problem)
-        if len(found) < count:
-            log.warning("%s has %d different prompts to evaluate on, not %d", self._name, len(found), count)
-        return [*found.values()]
 
 
 def _key(problem: Problem) -> str:
