@@ -252,12 +252,11 @@ def test_a_curriculum_needs_levels(options, tmp_path):
     prepare(load_config(None, [*curriculum, *apart]))
 
 
-def test_problems_to_evaluate_on_are_different_ones(options, caplog):
-    how = ["training.eval_every=5", "grpo.eval_prompts=64"]
-    trainer, _ = prepare(load_config(None, [*options, *how]))
-    prompts = [problem.prompt for problem in trainer._evaluation]
-    assert 5 < len(prompts) == len({*prompts}) < 64
-    assert f"largest has {len(prompts)} different prompts to evaluate on, not 64" in caplog.text
+def test_an_evaluation_asks_as_many_problems_as_it_is_to_and_none_that_is_trained_on(options):
+    trainer, _ = prepare(load_config(None, [*options, "training.eval_every=5", "grpo.eval_prompts=64"]))
+    asked = [problem.prompt for problem in trainer._evaluation]
+    assert len(asked) == 64
+    assert not {*asked} & {trainer._rollouts.problems.take(2).prompt for _ in range(500)}
 
 
 # ---------------------------------------------------------------------- the command
