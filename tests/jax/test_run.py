@@ -71,6 +71,19 @@ def test_the_quickstart_configuration_is_valid_and_small():
     assert 1e6 < size < 5e6
 
 
+def test_the_best_checkpoints_model_is_saved_beside_the_last(options, tmp_path):
+    """At a rate that is far too high, an early step is the best."""
+    high = ["training.learning_rate=1", "training.schedule=constant", "training.keep=1", "training.keep_best=true"]
+    trainer = run(load_config(None, [*options, *high, "training.eval_every=1", "training.checkpoint_every=1"]))
+    held_out = {step: loss for step, _, loss in losses(tmp_path / "run") if loss is not None}
+    best, step = trainer.best()
+    assert step == min(held_out, key=held_out.get) < 6
+    for folder, model in (("model", trainer.model), ("model-best", best)):
+        saved = Transformer.from_pretrained(tmp_path / "run" / folder)
+        for a, b in zip(*(jax.tree.leaves(nnx.state(each)) for each in (saved, model)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_a_run_ends_in_a_model_that_loads_and_can_be_trained_further(options, tmp_path):
     trainer = run(load_config(None, options))
     folder = tmp_path / "run"
