@@ -383,7 +383,10 @@ def test_where_no_new_cache_can_be_had_everybody_is_told_and_nothing_more_taken(
         def __init__(self, *arguments):
             raise MemoryError("nor for another")
 
+    submitted = threading.Event()
+
     def fail(*arguments):
+        assert submitted.wait(60)  # an engine that ended already takes no request
         monkeypatch.setattr(engine_module, "Device", Broken)
         raise MemoryError("no memory")
 
@@ -391,6 +394,7 @@ def test_where_no_new_cache_can_be_had_everybody_is_told_and_nothing_more_taken(
         assert engine.alive
         monkeypatch.setattr(paged.Device, "decode", fail)
         handles = [engine.submit(Request(prompt, 20, **FREE)) for prompt in PROMPTS]
+        submitted.set()
         assert {answer.finish_reason for handle in handles for answer in handle.result()} == {"error"}
         engine._thread.join(60)
         assert (engine.alive, engine.closing) == (False, True)
