@@ -122,6 +122,27 @@ def test_a_state_is_independent_of_the_number_of_rows_in_a_batch():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda documents: documents[:-1],  # the last window ends sooner
+        lambda documents: [*documents[:17], documents[17] + 1, *documents[18:]],
+        lambda documents: [*documents[:3], np.arange(5), *documents[3:]],  # a file more, whose name comes earlier
+        lambda documents: [*documents[:18], np.concatenate(documents[18:20]), *documents[20:]],
+    ],
+)
+def test_a_state_goes_on_with_the_documents_it_was_saved_with_or_not_at_all(change):
+    documents = [1000 * i + np.arange(10) for i in range(20)]
+    whole = Packer(source(documents), 16, 2, window=100, epochs=1)
+    while whole.state()["window"] == 0 or whole.state()["row"] == 0:
+        next(whole)
+    resumed = Packer(source(change(documents)), 16, 2, window=100, epochs=1)
+    resumed.restore(whole.state())
+    for _ in range(2):  # nor at a second try
+        with pytest.raises(ValueError, match="those of its window 1 have changed"):
+            next(resumed)
+
+
 def test_the_seed_decides_the_order_of_rows():
     documents = [1000 * i + np.arange(20) for i in range(50)]
     first, second = (next(Packer(source(documents), 20, 50, seed=seed, epochs=1)) for seed in (0, 1))

@@ -122,6 +122,24 @@ def test_a_run_goes_on_with_more_steps_but_not_as_another_run(options, tmp_path,
     assert len(losses(whole)) == 6
 
 
+def test_a_run_goes_on_with_the_documents_it_began_with_or_not_at_all(options, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for i in range(9):
+        (folder / f"{i}.txt").write_text(f"number {i} sat on the mat. " * 9)
+    options = [*options, f"data.corpus={folder}", "training.schedule=constant", "training.eval_every=0"]
+    run(load_config(None, [*options, "training.max_steps=3"]))
+    before = losses(tmp_path / "run")
+    (folder / "10.txt").write_text("a file that was not there before")
+    code, _, error = heddle(monkeypatch, capsys, "train", *options)
+    assert (code, error.count("\n")) == (2, 1)
+    assert "documents must be those of the state to go on from, but those of its window 0 have changed" in error
+    assert losses(tmp_path / "run") == before
+    (folder / "10.txt").unlink()
+    assert heddle(monkeypatch, capsys, "train", *options)[0] == 0
+    assert len(losses(tmp_path / "run")) == 6
+
+
 def test_sigterm_saves_and_leaves_with_its_code(options, tmp_path):
     """In a process of its own, as a cluster would do it; then the same command goes on to the same curve."""
     folder = tmp_path / "run"

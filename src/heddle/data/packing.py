@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import zlib
 from bisect import bisect_left, insort
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -105,7 +106,8 @@ class Packer(Iterator[Batch]):
     What a cut does lose is context, since the remainder is a segment of its own and does not see the tokens before.
 
     Everything follows from ``documents``, ``seed`` and the sizes. :meth:`state` says in a few numbers where the stream
-    stands, and a packer that is handed them goes on with exactly the rows that would have come.
+    stands, and a packer that is handed them goes on with exactly the rows that would have come. It reads the window that
+    was under way again, and fails if that isn't what it was.
 
     Args:
         documents: ``documents(epoch, cursor)``, see :data:`Documents`. Empty documents are passed over.
@@ -118,7 +120,8 @@ class Packer(Iterator[Batch]):
             with rows of padding.
 
     Raises:
-        ValueError: sizes below 1; while iterating, documents that hold no token at all.
+        ValueError: sizes below 1; while iterating, documents that hold no token at all, or that aren't those of the state
+            that was restored.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class Packer(Iterator[Batch]):
         self.row_len, self.rows = row_len, rows
         self._documents, self._seed, self._epochs = documents, seed, epochs
         self._window_tokens = window if window is not None else max(2**20, 256 * row_len)
-        self.restore({"epoch": 0, "cursor": None, "window": 0, "row": 0})
+        self.restore({"epoch": 0, "cursor": None, "window": 0, "row": 0, "checksum": None})
 
     @property
     def ahead(self) -> int:
@@ -147,8 +150,11 @@ class Packer(Iterator[Batch]):
         return 2 + self._window_tokens // (self.rows * self.row_len)
 
     def state(self) -> dict[str, Any]:
-        """Where the next batch begins, as a JSON value: the place where its window does, and the row within it."""
-        return {**self._place, "row": self._row}
+        """Where the next batch begins, as a JSON value: the place where its window does, and the row within it.
+
+        With it goes a checksum of the window's documents; None if they aren't read yet.
+        """
+        return {**self._place, "row": self._row, "checksum": self._checksum}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from where a packer of the same documents, seed and sizes stood (``rows`` may differ).
@@ -157,6 +163,7 @@ class Packer(Iterator[Batch]):
         """
         self._place = {name: state[name] for name in ("epoch", "cursor", "window")}
         self._row: int = state["row"]
+        self._checksum: int | None = state["checksum"]
         self._packed: list[list[_Piece]] | None = None
         self._stream: Iterator[tuple[_Tokens, int, Any]] | None = None
 
@@ -183,7 +190,7 @@ class Packer(Iterator[Batch]):
             taken += more
             self._row += len(more)
             if self._row == len(self._packed):
-                self._place, self._row, self._packed = self._following, 0, None
+                self._place, self._row, self._checksum, self._packed = self._following, 0, None, None
         return taken
 
     def _pack_window(self) -> tuple[list[list[_Piece]], dict[str, Any]]:
@@ -197,6 +204,15 @@ class Packer(Iterator[Batch]):
             epoch, cursor = after
             if size >= self._window_tokens:
                 break
+        checksum = 0
+        for tokens in documents:
+            checksum = zlib.crc32(tokens.targets, zlib.crc32(tokens.ids, checksum))
+        if self._checksum not in (None, checksum):
+            raise ValueError(
+                f"documents must be those of the state to go on from, but those of its window {window} have changed: "
+                "bring back the corpus, its files' names and the tokenizer as they were, or begin a new run"
+            )
+        self._checksum = checksum
         rows = _pack(documents, self.row_len)
         order = np.random.default_rng([self._seed, window]).permutation(len(rows))
         return [rows[i] for i in order], {"epoch": epoch, "cursor": cursor, "window": window + 1}
