@@ -27,9 +27,6 @@ SIZES = {
     "num_key_value_heads": 2, "initializer_range": 0.3,
 }  # fmt: skip
 
-#: For programs that take longer to compile than to run.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def config(**options):
     return ModelConfig(**SIZES | options)
@@ -80,7 +77,7 @@ def loss_and_gradients(model, batch, trainable=nnx.Param):
     """Of language modelling; the gradients of what is trained."""
     graph, params, others = nnx.split(model, trainable, ...)
 
-    @jit
+    @jax.jit
     def run(params, others, batch):
         def loss(params):
             total, count, _ = lm(nnx.merge(graph, params, others), batch, None)

@@ -111,8 +111,9 @@ ERRORS = {
     "steps=5": "steps is not an option (from the command line); did you mean training.max_steps?",
     "trainig.max_step=5": "trainig.max_step is not an option (from the command line); did you mean training.max_steps?",
     "training.seed.x=1": "training.seed.x is not an option (from the command line); did you mean training.seed?",
-    "data.q=1": "data.q is not an option (from the command line); the options are data.corpus, data.eval_corpus, "
-    "data.held_out, data.tokenizer, data.field, data.subset, data.split, data.on_error, data.seq_len, data.window",
+    "data.q=1": "data.q is not an option (from the command line); the options are data.corpus, data.corpora, "
+    "data.weights, data.eval_corpus, data.held_out, data.tokenizer, data.field, data.subset, data.split, "
+    "data.on_error, data.seq_len, data.window",
     # Wrong types.
     "training.max_steps=abc": "training.max_steps must be an integer, got 'abc' (from the command line)",
     "training.max_steps=1.5": "training.max_steps must be an integer, got 1.5 (from the command line)",

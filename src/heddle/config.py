@@ -91,8 +91,8 @@ class Config:
                     f"{name} is for a model from scratch, but training.base_model names "
                     f"{self.training.base_model!r}: give one"
                 )
-            asked = self.training.objective == "sft" and makes_problems(self.data.corpus)
-            if asked and name == "sft.form":
+            asked = self.training.objective == "sft" and any(map(makes_problems, self.data.names))
+            if asked and all(map(makes_problems, self.data.names)) and name == "sft.form":
                 raise ValueError(f"sft.form={value} is for files of examples, a task has grpo.prompt_form")
             if section in ONE_CHOICE and not (asked and name in ASKING):
                 needed, choice = ONE_CHOICE[section]
@@ -116,6 +116,10 @@ class Config:
             )
 
     def _check_grpo(self) -> None:
+        if self.data.corpora is not None:
+            raise ValueError(
+                f"data.corpora={self.data.corpora} is for training.objective=lm and sft; grpo has one task, data.corpus"
+            )
         generations, batch_size = self.grpo.num_generations, self.training.batch_size
         if batch_size % generations:
             raise ValueError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SCHEDULES = ("constant", "cosine", "wsd")
@@ -91,8 +92,10 @@ class DataOptions:
 
     #: stdlib, hub:NAME, or a file, folder or pattern of text, JSONL or Parquet; of examples stdlib-docstrings
     corpus: str = "stdlib"
-    eval_corpus: str | None = None  #: what to evaluate on; None: the held-out part of ``corpus``
-    held_out: float = 0.02  #: the share of ``corpus`` that is held out for evaluation; 0 with an ``eval_corpus``
+    corpora: list[str] | None = None  #: several instead of the one, mixed
+    weights: list[float] | None = None  #: of ``corpora``, whose shares of the tokens are so; None: all the same
+    eval_corpus: str | None = None  #: what to evaluate on; None: the held-out part of what is trained on
+    held_out: float = 0.02  #: the share of a corpus that is held out for evaluation; 0 with an ``eval_corpus``
     tokenizer: str | None = None  #: bytes, or a model's path; None: that of training.base_model, or bytes
     field: str = "text"  #: of a JSONL object, Parquet row or hub record
     subset: str | None = None  #: of a hub dataset
@@ -104,10 +107,28 @@ class DataOptions:
     def __post_init__(self):
         if not 0 <= self.held_out < 1:
             raise ValueError(f"data.held_out must be at least 0 and below 1, got {self.held_out}")
+        if self.corpora is not None:
+            if self.corpus != DataOptions.corpus:
+                raise ValueError(
+                    f"data.corpus={self.corpus} and data.corpora={self.corpora} exclude each other: give one"
+                )
+            check_weights("data.weights", self.shares, len(self.corpora))
+        elif self.weights is not None:
+            raise ValueError(f"data.weights={self.weights} has no effect without data.corpora")
         one_of("data.on_error", self.on_error, ON_ERROR)
         _at_least("data.seq_len", self.seq_len, 2)
         if self.window is not None:
             _at_least("data.window", self.window, 1)
+
+    @property
+    def names(self) -> list[str]:
+        """Of what is trained on, one corpus or several."""
+        return [self.corpus] if self.corpora is None else self.corpora
+
+    @property
+    def shares(self) -> list[float]:
+        """The weights of :attr:`names`."""
+        return [1.0] * len(self.names) if self.weights is None else self.weights
 
 
 @dataclass
@@ -364,6 +385,15 @@ def _positive(name: str, value: float) -> None:
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def check_weights(name: str, weights: Sequence[float | int], count: int) -> None:
+    """
+    Raises:
+        ValueError: not a positive finite number for each of ``count`` sources, of which there is at least one.
+    """
+    if not count or len(weights) != count or not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(f"{name} must be a positive number for each of {count} corpora, got {list(weights)}")
 
 
 def makes_problems(corpus: str) -> bool:

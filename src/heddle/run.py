@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from heddle.config import Config, load_config
 from heddle.data.corpora import Reader, open_corpus, part_of, tokenized
 from heddle.data.examples import TakeExample, documents, open_examples
+from heddle.data.mixing import mixed
 from heddle.data.packing import Batch, Documents, Packer
 from heddle.data.tasks import (
     Problem,
@@ -83,27 +84,34 @@ def training_data(config: Config) -> Data:
             return part_of(reader, part, data.held_out)
         return open_examples(name, TakeExample(tokenizer, data.seq_len, sft.loss_on, sft.form, sft.overlong), **options)
 
-    def as_tokens(reader: Reader) -> Documents:
-        return tokenized(reader, tokenizer) if training.objective == "lm" else documents(reader)
+    def tokens(names: list[str], part: str, seed: int | None, nothing: str, *, once: bool) -> Documents:
+        streams = []
+        for name in names:
+            reader = corpus(name, part, seed)
+            if next(reader(0, None), None) is None:
+                raise ValueError(nothing.format(name))
+            streams.append(tokenized(reader, tokenizer) if training.objective == "lm" else documents(reader))
+        return streams[0] if len(streams) == 1 else mixed(streams, data.shares, once=once)
 
     separate, what = data.eval_corpus is not None, "text" if training.objective == "lm" else "examples"
-    reader = corpus(data.corpus, "all" if separate else "train", training.seed)
-    if next(reader(0, None), None) is None:
-        rest = "" if separate else f" that data.held_out={data.held_out} leaves over"
-        raise ValueError(f"data.corpus={data.corpus} must hold {what} to train on{rest}, got none")
-    packer = Packer(as_tokens(reader), data.seq_len, training.batch_size, seed=training.seed, window=data.window)
+    rest = "" if separate else f" that data.held_out={data.held_out} leaves over"
+    nothing = f"data.corpus={{}} must hold {what} to train on{rest}, got none"
+    stream = tokens(data.names, "all" if separate else "train", training.seed, nothing, once=False)
+    packer = Packer(stream, data.seq_len, training.batch_size, seed=training.seed, window=data.window)
 
     evaluation = []
     if training.eval_every:
-        reader = corpus(data.eval_corpus or data.corpus, "all" if separate else "held_out", None)
-        if next(reader(0, None), None) is None:
-            raise ValueError(
-                f"data.eval_corpus={data.eval_corpus} holds no {what} to evaluate on" if separate else
-                f"data.held_out={data.held_out} of data.corpus={data.corpus} is no {what} at all: raise it, "
-                "name data.eval_corpus, or set training.eval_every=0"
-            )  # fmt: skip
         rows = training.batch_size // training.accumulation
-        packed = Packer(as_tokens(reader), data.seq_len, rows, window=data.window, epochs=1)
+        if data.eval_corpus is not None:
+            nothing = f"data.eval_corpus={{}} holds no {what} to evaluate on"
+            stream = tokens([data.eval_corpus], "all", None, nothing, once=True)
+        else:
+            nothing = (
+                f"data.held_out={data.held_out} of data.corpus={{}} is no {what} at all: raise it, "
+                "name data.eval_corpus, or set training.eval_every=0"
+            )
+            stream = tokens(data.names, "held_out", None, nothing, once=True)
+        packed = Packer(stream, data.seq_len, rows, window=data.window, epochs=1)
         evaluation = list(islice(packed, training.eval_batches * training.accumulation))
     return Data(tokenizer, packer, evaluation)
 

@@ -30,9 +30,6 @@ PACKED = segments(30, 5, 17, padding=12)
 ROWS = np.concatenate([PACKED, segments(64), segments(9, 40, padding=15), segments(64)])
 AXES = ("context",)
 
-#: For programs that take longer to compile than to run.
-jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def mesh_of(*sizes: int, names=AXES, kind=AxisType.Auto) -> jax.sharding.Mesh:
     count = int(np.prod(sizes))
@@ -106,7 +103,7 @@ def check(case: Case, deal: Callable, method: str, mesh) -> None:
     order = deal(mask, mesh.size)
     part = mask if order is None else mask.take(order)
 
-    @jit
+    @jax.jit
     def run(arrays):
         def forward(query, key, value):
             return context_attend(
@@ -143,7 +140,7 @@ def test_keys_in_an_order_of_their_own(rows):
     dealt = {name: np.stack([x[b, order[b % rows]] for b in range(4)]) for name, x in arrays.items()}
     start, stop = (np.stack([np.asarray(x)[b, order[b % rows]] for b in range(4)]) for x in (mask.start, mask.stop))
 
-    @jit
+    @jax.jit
     def run(arrays, mask, order):
         forward = partial(
             context_attend, mask=mask, axis="context", mesh=mesh, kv_order=order, scale=case.scale, return_lse=True
@@ -190,7 +187,7 @@ def test_with_other_axes(axes, kv_heads, kind, method):
     }
     options = {"batch_axis": batch, "head_axis": heads} if kind == AxisType.Auto else {}
 
-    @jit
+    @jax.jit
     def run(arrays, mask):
         def forward(query, key, value):
             return context_attend(query, key, value, mask, "context", method, mesh=mesh, return_lse=True, **options)
@@ -230,7 +227,7 @@ def test_what_is_exchanged(method, expected):
     arrays["d_lse"] = arrays["d_lse"].astype("float32")
     mask = shard(MANY.mask(), "context", mesh=mesh, batch_axis="data")
 
-    @jit
+    @jax.jit
     def run(arrays, mask):
         forward = partial(
             context_attend, mask=mask, axis="context", method=method, mesh=mesh, batch_axis="data", head_axis="tensor",
@@ -253,7 +250,7 @@ def test_gradients_add_in_float32(method):
     def attended(value):
         return context_attend(ones, ones, value, mask, "context", method, mesh=mesh_of(8))
 
-    d_value = jit(lambda value, d_out: jax.vjp(attended, value)[1](d_out)[0])(ones, ones.at[:, 3].set(256))
+    d_value = jax.jit(lambda value, d_out: jax.vjp(attended, value)[1](d_out)[0])(ones, ones.at[:, 3].set(256))
     np.testing.assert_array_equal(np.asarray(d_value[0, 0, 0], np.float32), 264)  # 263, rounded once
 
 
@@ -263,7 +260,7 @@ def test_bfloat16(method):
     arrays = {name: jnp.asarray(x, "bfloat16") for name, x in case.arrays().items()}
     arrays["d_lse"] = arrays["d_lse"].astype("float32")
     forward = partial(context_attend, mask=case.mask(), axis="context", method=method, mesh=mesh_of(4), return_lse=True)
-    got = jit(lambda arrays: values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays))(arrays)
+    got = jax.jit(lambda arrays: values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays))(arrays)
     assert {name: x.dtype.name for name, x in got.items()} == {
         "out": "bfloat16", "lse": "float32", "dq": "bfloat16", "dk": "bfloat16", "dv": "bfloat16"
     }  # fmt: skip
@@ -286,7 +283,7 @@ def documents(draw):
     return np.stack(rows).astype(np.int32), (4 * np.array(chunks)[:, None] + np.arange(4)).reshape(-1)
 
 
-@partial(jit, static_argnames="method")
+@partial(jax.jit, static_argnames="method")
 def attended(arrays, mask, method):
     forward = partial(context_attend, mask=mask, axis="context", method=method, mesh=mesh_of(4), return_lse=True)
     return values_and_gradients(lambda q, k, v: forward(q, k, v), **arrays)
@@ -340,8 +337,8 @@ def test_within_shard_map(method, check_vma):
         )  # fmt: skip
         return jax.lax.psum(jnp.sum(out**3), ("context", "tensor")), out
 
-    (loss, out), gradients = jit(jax.value_and_grad(together, (0, 1, 2), has_aux=True))(x, w_query, w_key)
-    (want_loss, want_out), want = jit(jax.value_and_grad(alone, (0, 1, 2), has_aux=True))(x, w_query, w_key)
+    (loss, out), gradients = jax.jit(jax.value_and_grad(together, (0, 1, 2), has_aux=True))(x, w_query, w_key)
+    (want_loss, want_out), want = jax.jit(jax.value_and_grad(alone, (0, 1, 2), has_aux=True))(x, w_query, w_key)
     np.testing.assert_allclose(unpermute_tokens(out, order), want_out, atol=1e-5)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
     for got, expected in zip(gradients, want):
@@ -358,9 +355,9 @@ def test_whole_again_within_shard_map():
         whole, double = unshard(shard((x, 2 * x), "context", order), "context", order)
         return (1 + jax.lax.axis_index("context")) * (whole + double)
 
-    got = jit(wholes)(x)
+    got = jax.jit(wholes)(x)
     np.testing.assert_array_equal(got, 3 * x * np.arange(1, 5)[:, None, None])
-    np.testing.assert_array_equal(jit(jax.grad(lambda x: wholes(x).sum()))(x), np.full_like(x, 30))
+    np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: wholes(x).sum()))(x), np.full_like(x, 30))
 
 
 # ---------------------------------------------------------------- whole arrays
@@ -371,7 +368,7 @@ def test_whole_again_within_shard_map():
 def test_shard_and_unshard(kind, jitted):
     mesh, order = mesh_of(2, 4, names=("data", "context"), kind=kind), balance.zigzag(SEQ, 4)
     tokens, x, mask = np.arange(2 * SEQ).reshape(2, SEQ), np.ones((2, SEQ, 3)).cumsum(1), Mask.window(SEQ, 9, prefix=4)
-    wrap = jit if jitted else lambda function: function
+    wrap = jax.jit if jitted else lambda function: function
     spread = wrap(partial(shard, axis="context", order=order, mesh=mesh, batch_axis="data"))
     got_tokens, got_mask, got_x = spread((tokens, mask, jnp.asarray(x)))
 
@@ -403,7 +400,7 @@ def test_where_the_mesh_comes_from(kind, jitted):
     case = CASES[1][0]
     arrays = case.arrays()
     want = oracle(case, arrays)["out"]
-    wrap = jit if jitted else lambda function: function
+    wrap = jax.jit if jitted else lambda function: function
     run = wrap(lambda query, key, value: context_attend(query, key, value, case.mask(), "context"))
     query_key_value = [arrays[name] for name in ("query", "key", "value")]
     placed = shard(tuple(query_key_value), "context", mesh=mesh)

@@ -9,9 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
-from mesh_cases import jit
 from tiny_models import hugging_face, tokens
 
 from heddle.data.packing import NO_TARGET
@@ -328,7 +326,7 @@ def test_the_gradient_by_the_weights_is_that_of_finite_differences():
                 total, count, _ = grpo(options)(nnx.merge(graph, unravel(flat)), batch._replace(old=old), KEY)
                 return total / count
 
-            both = jit(jax.value_and_grad(loss))
+            both = jax.jit(jax.value_and_grad(loss))
             gradient = both(flat, before)[1]
             for _ in range(3):
                 along, step = random.normal(size=flat.shape), 1e-6

@@ -7,7 +7,6 @@ from operator import itemgetter
 import jax
 import numpy as np
 import pytest
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
 
 from heddle import cli

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
 from mesh_cases import (
     MESHES,

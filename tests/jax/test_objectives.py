@@ -5,7 +5,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
 from mesh_cases import SIZES, curve
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from mesh_cases import (

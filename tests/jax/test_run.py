@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
 from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from chat_templates import CHATML
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
 from tiny_models import SIZES, hugging_face
 from tokenizers import Tokenizer as Backend

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compile_once import compile_once  # noqa: F401
 from flax import nnx
 
 from heddle.data.packing import NO_TARGET, Batch, Packer

@@ -106,8 +106,8 @@ class Packer(Iterator[Batch]):
     What a cut does lose is context, since the remainder is a segment of its own and does not see the tokens before.
 
     Everything follows from ``documents``, ``seed`` and the sizes. :meth:`state` says in a few numbers where the stream
-    stands, and a packer that is handed them goes on with exactly the rows that would have come. It reads the window that
-    was under way again, and fails if that isn't what it was.
+    stands, and a packer that is handed them goes on with exactly the rows that would have come. It reads the window
+    that was under way again, and fails if that isn't what it was.
 
     Args:
         documents: ``documents(epoch, cursor)``, see :data:`Documents`. Empty documents are passed over.
@@ -120,8 +120,8 @@ class Packer(Iterator[Batch]):
             with rows of padding.
 
     Raises:
-        ValueError: sizes below 1; while iterating, documents that hold no token at all, or that aren't those of the state
-            that was restored.
+        ValueError: sizes below 1; while iterating, documents that hold no token at all, or that aren't those of the
+            state that was restored.
     """
 
     def __init__(
