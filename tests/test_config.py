@@ -112,7 +112,7 @@ ERRORS = {
     "trainig.max_step=5": "trainig.max_step is not an option (from the command line); did you mean training.max_steps?",
     "training.seed.x=1": "training.seed.x is not an option (from the command line); did you mean training.seed?",
     "data.q=1": "data.q is not an option (from the command line); the options are data.corpus, data.corpora, "
-    "data.weights, data.eval_corpus, data.held_out, data.tokenizer, data.field, data.subset, data.split, "
+    "data.weights, data.eval_corpus, data.held_out, data.tokenizer, data.field, "
     "data.on_error, data.seq_len, data.window",
     # Wrong types.
     "training.max_steps=abc": "training.max_steps must be an integer, got 'abc' (from the command line)",

@@ -90,7 +90,8 @@ class ModelOptions:
 class DataOptions:
     """What to train on, and how it is packed; see :func:`heddle.data.corpora.open_corpus`."""
 
-    #: stdlib, hub:NAME, or a file, folder or pattern of text, JSONL or Parquet; of examples stdlib-docstrings
+    #: stdlib, hub:NAME[:SUBSET[:SPLIT]], or a file, folder or pattern of text, JSONL or Parquet; of examples
+    #: stdlib-docstrings
     corpus: str = "stdlib"
     corpora: list[str] | None = None  #: several instead of the one, mixed
     weights: list[float] | None = None  #: of ``corpora``, whose shares of the tokens are so; None: all the same
@@ -98,8 +99,6 @@ class DataOptions:
     held_out: float = 0.02  #: the share of a corpus that is held out for evaluation; 0 with an ``eval_corpus``
     tokenizer: str | None = None  #: bytes, or a model's path; None: that of training.base_model, or bytes
     field: str = "text"  #: of a JSONL object, Parquet row or hub record
-    subset: str | None = None  #: of a hub dataset
-    split: str = "train"  #: of a hub dataset
     on_error: str = "fail"  #: what a broken line does: fail, or skip (and report it)
     seq_len: int = 512  #: tokens in a packed row
     window: int | None = None  #: tokens packed together; None: 2**20, or 256 rows if that is more

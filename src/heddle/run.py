@@ -70,8 +70,7 @@ def training_data(config: Config) -> Data:
 
     def corpus(name: str, part: str, seed: int | None) -> Reader:
         options: dict[str, Any] = {
-            "part": part, "held_out": data.held_out, "seed": seed, "on_error": data.on_error, "subset": data.subset,
-            "split": data.split,
+            "part": part, "held_out": data.held_out, "seed": seed, "on_error": data.on_error,
         }  # fmt: skip
         if training.objective == "lm":
             return open_corpus(name, field=data.field, **options)
@@ -171,8 +170,7 @@ def _task(config: Config, name: str, check: Callable[[Problem], object] = lambda
     """The task of this name as the configuration has it."""
     data = config.data
     return open_task(
-        name, parse_settings(config.grpo.task), seed=config.training.seed, subset=data.subset, split=data.split,
-        on_error=data.on_error, check=check,
+        name, parse_settings(config.grpo.task), seed=config.training.seed, on_error=data.on_error, check=check,
     )  # fmt: skip
 
 

@@ -220,6 +220,27 @@ def test_a_hub_dataset_is_streamed(tmp_path, caplog, monkeypatch):
     check_cursors(reader)
 
 
+def test_a_hub_dataset_has_subsets_and_splits(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = tmp_path / "data"
+    for subset in ("all", "few"):
+        (data / subset).mkdir(parents=True)
+        for split in ("train", "validation"):
+            jsonl(data / subset / f"{split}.jsonl", [f"{subset} {split}"])
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: all, data_dir: all, default: true}\n- {config_name: few, data_dir: few}\n---\n"
+    )
+    for name, text in {"": "all train", "::validation": "all validation", ":few": "few train"}.items():
+        assert texts(open_corpus(f"hub:{data}{name}")) == [text]
+    both = [texts(open_corpus(f"hub:{data}:few:validation", part=part, held_out=0.5)) for part in ("train", "held_out")]
+    assert sorted(both) == [[], ["few validation"]]
+    with pytest.raises(ValueError, match="much"):
+        texts(open_corpus(f"hub:{data}:much"))
+    with pytest.raises(ValueError, match="test"):
+        texts(open_corpus(f"hub:{data}:few:test"))
+
+
 # ---------------------------------------------------------------------- names and options
 
 
@@ -228,6 +249,8 @@ def test_a_hub_dataset_is_streamed(tmp_path, caplog, monkeypatch):
     [
         ("no/such/place", {}, "corpus must be stdlib, hub:NAME, or a file, .*; got 'no/such/place'"),
         ("no/such/*.txt", {}, r"corpus must be .*; got 'no/such/\*\.txt'"),
+        ("hub:", {}, r"a corpus of the hub must be hub:NAME, hub:NAME:SUBSET or hub:NAME:SUBSET:SPLIT, got 'hub:'"),
+        ("hub:a:b:c:d", {}, "a corpus of the hub must be hub:NAME, .*, got 'hub:a:b:c:d'"),
         ("stdlib", {"part": "test"}, "part must be one of all, train, held_out; got 'test'"),
         ("stdlib", {"on_error": "warn"}, "on_error must be one of fail, skip; got 'warn'"),
         ("stdlib", {"held_out": 1.5}, "held_out must be at least 0 and below 1, got 1.5"),

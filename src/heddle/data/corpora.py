@@ -87,15 +87,14 @@ def open_corpus(
     seed: int | None = None,
     on_error: str = "fail",
     field: str = "text",
-    subset: str | None = None,
-    split: str = "train",
 ) -> Reader:
     """The texts of a corpus.
 
     Args:
         name: ``"stdlib"``, the running interpreter's own library; a file, a folder or a pattern (``"logs/**/*.jsonl"``)
-            of JSONL (plain or gzip), Parquet, or anything else as plain text, a document a file; ``"hub:NAME"``, a
-            dataset streamed from the Hugging Face hub (or a folder in its layout).
+            of JSONL (plain or gzip), Parquet, or anything else as plain text, a document a file; ``"hub:NAME"``,
+            ``"hub:NAME:SUBSET"`` or ``"hub:NAME:SUBSET:SPLIT"``, a dataset streamed from the Hugging Face hub (or a
+            folder in its layout), of which the split is ``train`` unless given and an empty subset is the default one.
         part: ``"train"`` and ``"held_out"`` are disjoint and together ``"all"``. A text belongs to one of them by
             the hash of its name (of itself where it has none), whatever else the corpus holds.
         held_out: the share of texts that are held out, about.
@@ -104,7 +103,6 @@ def open_corpus(
         on_error: a broken line (or text file that isn't UTF-8) is a ValueError with file and line number, or with
             ``"skip"`` logged as a warning that says the same, and skipped.
         field: of a JSONL object, Parquet row or hub record that holds the text.
-        subset, split: of a hub dataset.
 
     Raises:
         ValueError: a name that stands for no file, files of several kinds, impossible options.
@@ -113,7 +111,7 @@ def open_corpus(
     if name == STDLIB:
         reader = stdlib(seed)
     else:
-        reader = open_records(name, TakeText(field), seed=seed, on_error=on_error, subset=subset, split=split)
+        reader = open_records(name, TakeText(field), seed=seed, on_error=on_error)
         if reader is None:
             root, paths, _ = _find(name, STDLIB)
             reader = text_files(paths, root, seed, on_error)
@@ -132,17 +130,15 @@ def check_choices(part: str, held_out: float, on_error: str) -> None:
         raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}")
 
 
-def open_records(
-    name: str, take: Take, *, seed: int | None, on_error: str, subset: str | None, split: str, builtin: str = STDLIB
-) -> Reader | None:
+def open_records(name: str, take: Take, *, seed: int | None, on_error: str, builtin: str = STDLIB) -> Reader | None:
     """What ``take`` takes of each record of a corpus of records; None: the corpus is of plain texts.
 
     Args:
-        name, seed, on_error, subset, split: as of :func:`open_corpus`.
+        name, seed, on_error: as of :func:`open_corpus`.
         builtin: the corpus that needs no files, for the message where there are none.
     """
     if name.startswith(HUB):
-        return hub(name.removeprefix(HUB), subset, split, take, on_error)
+        return hub(*_parts_of_hub(name), take, on_error)
     _, paths, kind = _find(name, builtin)
     if kind == "JSONL":
         return json_lines(paths, seed, on_error, take)
@@ -306,6 +302,17 @@ def hub(
             yield key, value, {"row": row, "state": dataset.state_dict()}
 
     return read
+
+
+def _parts_of_hub(name: str) -> tuple[str, str | None, str]:
+    """Name, subset and split of a dataset of the hub."""
+    dataset, *rest = name.removeprefix(HUB).split(":")
+    if not dataset or len(rest) > 2:
+        raise ValueError(
+            f"a corpus of the hub must be {HUB}NAME, {HUB}NAME:SUBSET or {HUB}NAME:SUBSET:SPLIT, got {name!r}"
+        )
+    subset, split = (*rest, "", "")[:2]
+    return dataset, subset or None, split or "train"
 
 
 def is_held_out(key: str, share: float) -> bool:

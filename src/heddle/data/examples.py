@@ -213,8 +213,6 @@ def open_examples(
     held_out: float = 0.02,
     seed: int | None = None,
     on_error: str = "fail",
-    subset: str | None = None,
-    split: str = "train",
 ) -> Reader:
     """The examples of a corpus: JSONL, Parquet, a dataset of the hub, or ``"stdlib-docstrings"``.
 
@@ -228,9 +226,7 @@ def open_examples(
     if name == STDLIB_DOCSTRINGS:
         reader = stdlib_docstrings(take, seed, on_error)
     else:
-        opened = open_records(
-            name, take, seed=seed, on_error=on_error, subset=subset, split=split, builtin=STDLIB_DOCSTRINGS
-        )
+        opened = open_records(name, take, seed=seed, on_error=on_error, builtin=STDLIB_DOCSTRINGS)
         if opened is None:
             raise ValueError(f"examples must be JSONL, Parquet or of the hub, {name!r} holds plain text")
         reader = opened

@@ -115,18 +115,17 @@ def _key(problem: Problem) -> str:
 
 
 def open_task(
-    name: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0, subset: str | None = None,
-    split: str = "train", on_error: str = "fail", check: Callable[[Problem], object] = lambda problem: None,
+    name: str, settings: Mapping[str, Any] | None = None, *, seed: int = 0, on_error: str = "fail",
+    check: Callable[[Problem], object] = lambda problem: None,
 ) -> Task:  # fmt: skip
     """The task of this name.
 
     Args:
-        name: ``"largest"``, ``"reasoning-gym:NAME"``, or a file, folder, pattern or ``"hub:NAME"`` of records.
+        name: ``"largest"``, ``"reasoning-gym:NAME"``, or a file, folder, pattern or ``"hub:NAME"`` of records, see
+            :func:`heddle.data.corpora.open_corpus`.
         settings: of the task: ``digits`` of ``largest``; whatever the class of configuration of a reasoning-gym task
             has.
         seed: of the problems, and of the order of records.
-        subset: of a dataset of the hub.
-        split: of a dataset of the hub.
         on_error: what a broken record does: ``"fail"`` or ``"skip"``.
         check: what makes a record a broken one too, see :class:`Stream`.
 
@@ -144,9 +143,7 @@ def open_task(
         return ReasoningGym(name.removeprefix(GYM), settings, seed)
     if settings:
         raise ValueError(f"settings are for {BUILTIN} alone, got {settings} for {name}")
-    reader = open_records(
-        name, _TakeRecord(check), seed=None, on_error=on_error, subset=subset, split=split, builtin=BUILTIN
-    )
+    reader = open_records(name, _TakeRecord(check), seed=None, on_error=on_error, builtin=BUILTIN)
     records = [] if reader is None else [record for _, record, _ in reader(0, None)]
     if not records:
         raise ValueError(f"{name} must hold records with a prompt, in JSONL, Parquet or on the hub; got none")
