@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 Reward = Callable[..., "float | None"]
 
 TASK = "task"  #: names the task's own score
-_TASK_SCORE = "heddle.data.tasks:score"
+_TASK_SCORE = "heddle.data.asking:score"
 GROUP = "heddle.rewards"  #: of the entry points by which packages offer rewards
 _STARTING = 60.0  #: seconds that a process may take to start
 
@@ -142,7 +142,7 @@ class RewardPool:
 def find_reward(name: str) -> Reward:
     """The function of a name: ``"module:function"``, of a module that is installed or stands in the working directory;
     the name of an entry point of the group ``heddle.rewards``, of a package that is installed; or ``"task"``, the score
-    of the task itself, :func:`heddle.data.tasks.score`.
+    of the task itself, :func:`heddle.data.asking.score`.
 
     Raises:
         ValueError: there is none.

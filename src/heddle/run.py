@@ -14,22 +14,12 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from heddle.config import Config, load_config
+from heddle.data.asking import answered, asking, prompt_encoder, usable
 from heddle.data.corpora import Reader, open_corpus, part_of, tokenized
 from heddle.data.examples import TakeExample, documents, open_examples
 from heddle.data.mixing import mixed
 from heddle.data.packing import Batch, Documents, Packer
-from heddle.data.tasks import (
-    Problem,
-    Stream,
-    Task,
-    answer_form_of,
-    answered,
-    asking,
-    open_task,
-    parse_settings,
-    prompt_encoder,
-    usable,
-)
+from heddle.data.tasks import Problem, Stream, Task, answer_form_of, open_task, parse_settings
 from heddle.data.tokenizers import BYTES, Tokenizer, load_tokenizer
 from heddle.options import MeshOptions, makes_problems
 
