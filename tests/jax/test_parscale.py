@@ -229,7 +229,14 @@ def test_gradients_reach_all_parameters_and_are_the_same_when_layers_are_recompu
     gradient = jax.jit(jax.grad(lambda model, batch: lm(model, batch, jax.random.key(0))[0]))
     expected, found = gradient(model, batch), gradient(again, batch)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True):
-        assert np.abs(a).max() > 0, path
+        # Before the first self-attention replicas are still the same, and it doesn't matter which of them is looked at.
+        first = jax.tree_util.keystr(path, simple=True, separator=".").startswith(
+            ("layers.0.cross.q", "layers.0.cross.k")
+        )
+        if mode == "sublayer" and first:
+            np.testing.assert_allclose(a, 0, atol=1e-8)
+        else:
+            assert np.abs(a).max() > 1e-6, path
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
 

@@ -65,7 +65,9 @@ def log_probabilities(
         total = jax.nn.logsumexp(logits, axis=-1)
         measured = [_at(logits, targets) - total]
         if entropy:
-            measured.append(total - (jax.nn.softmax(logits, axis=-1) * logits).sum(axis=-1))
+            # Not the total less the mean logit, whose gradients are larger than what is left of them.
+            log_p = logits - total[..., None]
+            measured.append(-(jnp.exp(log_p) * log_p).sum(axis=-1))
         return [jnp.where(targets == NO_TARGET, 0.0, each) for each in measured]
 
     measured = _by_stretches(head, measure, hidden, targets, layout, max_bytes)
