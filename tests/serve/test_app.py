@@ -522,16 +522,20 @@ def test_an_engine_that_has_ended_is_told_as_ill(pair, monkeypatch):
         assert (post(url, GOOD).status_code, post(url, TALK, CHAT).json()["error"]["code"]) == (503, "stopping")
 
 
-class Slow(Engine):
-    """Whose answers are long under way."""
+class Held(Engine):
+    """Whose answers, after their first tokens, are under way until it may go on."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.go_on = threading.Event()
 
     def step(self) -> bool:
-        time.sleep(0.02)
+        assert self.counters.tokens < 3 or self.go_on.wait(60)
         return super().step()
 
 
 def test_what_comes_while_the_rest_is_finished_is_refused(pair):
-    engine = Slow(*pair, max_batch=4, blocks=24, block_size=16, prefill_chunk=32)
+    engine = Held(*pair, max_batch=4, blocks=24, block_size=16, prefill_chunk=32)
     body = {"model": NAME, "prompt": "x", "max_tokens": 90, "temperature": 0, "stream": True}
     with serving(engine) as url, httpx.stream("POST", url + TEXT, json=body, timeout=60) as response:
         lines = response.iter_lines()
@@ -541,6 +545,7 @@ def test_what_comes_while_the_rest_is_finished_is_refused(pair):
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "stopping")
         assert refused.headers["retry-after"] == "5"
         assert httpx.get(url + "/health").json() == {"status": "stopping"}
+        engine.go_on.set()
         assert list(lines)[-2] == "data: [DONE]"
 
 
@@ -558,6 +563,14 @@ def test_a_client_that_vanishes_frees_its_blocks(pair):
             time.sleep(0.01)
         assert post(url, body).status_code == 200
     assert engine.counters.finished["cancelled"] >= 8
+
+
+class Slow(Engine):
+    """Whose answers take long enough to be left."""
+
+    def step(self) -> bool:
+        time.sleep(0.02)
+        return super().step()
 
 
 def test_sixty_four_clients_of_whom_a_third_vanish(pair):
