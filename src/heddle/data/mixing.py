@@ -33,7 +33,7 @@ def mixed(sources: Sequence[Documents], weights: Sequence[float | int], *, once:
         places: list[list[Any]] = [list(place) for place in cursor or [(0, None, 0)] * len(sources)]
         streams = [iter(source(*place[:2])) for source, place in zip(sources, places, strict=True)]
         # What it had given when its epoch began; -1 where that is not known, as the reading began within the epoch.
-        before = [given if cursor is None else -1 for _, cursor, given in places]
+        before = [given if within is None else -1 for _, within, given in places]
         while True:
             at = min(range(len(sources)), key=lambda i: places[i][2] / weights[i])
             place = places[at]
