@@ -111,6 +111,8 @@ class DataOptions:
                 raise ValueError(
                     f"data.corpus={self.corpus} and data.corpora={self.corpora} exclude each other: give one"
                 )
+            if not self.corpora:
+                raise ValueError("data.corpora must name at least one corpus, got none")
             check_weights("data.weights", self.shares, len(self.corpora))
         elif self.weights is not None:
             raise ValueError(f"data.weights={self.weights} has no effect without data.corpora")

@@ -160,7 +160,7 @@ def test_examples_of_files_and_of_a_task_are_mixed(tmp_path):
     [
         (["data.weights=[1]"], "data.weights must be a positive number for each of 2 corpora, got [1.0]"),
         (["data.weights=[1,0]"], "data.weights must be a positive number for each of 2 corpora, got [1.0, 0.0]"),
-        (["data.corpora=[]"], "data.weights must be a positive number for each of 0 corpora, got []"),
+        (["data.corpora=[]"], "data.corpora must name at least one corpus, got none"),
         (["data.corpora=null", "data.weights=[1]"], "data.weights=[1.0] has no effect without data.corpora"),
         (["data.corpus=some.jsonl"], "data.corpus=some.jsonl and data.corpora=.* exclude each other: give one"),
         (["data.weights=[a,b]"], "data.weights must be a list of numbers or null, got ['a', 'b']"),

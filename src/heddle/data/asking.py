@@ -104,8 +104,7 @@ def answered(
     """A task's problems of its highest level with their right answers, as examples to learn from.
 
     Each has the key by which :class:`heddle.data.tasks.Stream` deals problems, so that what is held out from one is
-    from the other.
-    10,000 problems are an epoch; the next one's are others.
+    from the other. 10,000 problems are an epoch; the next one's are others.
 
     Args:
         task: one that makes its problems up, see :func:`heddle.options.makes_problems`.
